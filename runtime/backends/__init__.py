@@ -1,0 +1,50 @@
+"""Engines: one module a library, named for it, imported only when a graph asks for it.
+
+A backend module offers `open_session(path, spec, *, threads=None) -> Session` and `library_version() -> str`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from numpy.typing import NDArray
+
+from ..errors import BadInput, MissingExtra
+from ..manifest import PartSpec
+
+__all__ = ["EXTRAS", "Session", "open_session"]
+
+EXTRAS = {"onnxruntime": "onnx"}
+"""Engine -> the extra of fewstep that installs it. Adding an engine is a module beside this one and a line here."""
+
+
+class Session(Protocol):
+    """One loaded graph on one engine: named arrays in, named arrays out."""
+
+    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+        """Run the graph once. `outputs` picks some of the outputs; None means all."""
+        ...
+
+    def close(self) -> None:
+        """Free the weights. The session cannot run afterwards; closing twice is fine."""
+        ...
+
+
+def open_session(path: Path, spec: PartSpec, *, threads: int | None = None) -> Session:
+    """Load one graph on the engine its spec names.
+
+    threads  cores for one run; None lets the engine take all of them
+    Raises BadInput for an engine this version does not know, MissingExtra where its library is not installed.
+    """
+    if spec.engine not in EXTRAS:
+        raise BadInput(f"engine {spec.engine!r}", expected=f"one of {', '.join(sorted(EXTRAS))}")
+    try:
+        backend = import_module(f".{spec.engine}", __package__)
+    except ModuleNotFoundError as error:
+        if error.name != spec.engine:
+            raise
+        raise MissingExtra.of(spec.engine, EXTRAS[spec.engine]) from None
+    return cast(Session, backend.open_session(path, spec, threads=threads))
