@@ -1,0 +1,352 @@
+"""A sampler compiled to a table of numbers, and the loop that runs it.
+
+Almost every diffusion sampler is linear: each new state is a fixed combination of earlier states, earlier
+predictions and fresh noise, with coefficients that depend only on the process and the grid of times. A Plan is that
+table. spec/plan.md describes its JSON; a port to another language is this file's `run` and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .errors import PlanError
+from .linear import Linear, Term, Terms
+from .manifest import GridSpec
+from .process import Array, Process
+from .samplers import SAMPLERS, Denoise, Sampler, Step
+from .times import check_steps, check_times, make_times
+
+__all__ = ["Call", "Plan", "Time", "plan", "x0_conversion"]
+
+MAX_CALLS = 4000
+"""A thousand steps of the costliest published sampler; more in a file is damage, not a plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One row: one network call, and what follows from it."""
+
+    t: float
+    """The process's time of this call."""
+    timestep: float
+    """What the network is fed as its time."""
+    input: Terms
+    """The combination of states and predictions handed to `denoise`."""
+    scale: float
+    """The network itself sees scale * input."""
+    x0: tuple[float, float]
+    """x0 = x0[0] * input + x0[1] * network output."""
+    next: Terms | None
+    """The next state as a combination; None when another call comes first (Heun's inner call)."""
+    graph: str = "denoiser"
+    """Which graph to call: "denoiser", unless the bundle has several."""
+    guided: bool = True
+    """Whether guidance applies at this call."""
+
+
+class Time(float):
+    """The process's time, with the row it comes from: `t.timestep` is what a discrete network wants."""
+
+    __slots__ = ("call",)
+    call: Call
+
+    def __new__(cls, call: Call) -> Time:
+        time = super().__new__(cls, call.t)
+        time.call = call
+        return time
+
+    @property
+    def timestep(self) -> float:
+        return self.call.timestep
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table of network calls and linear updates, in float64.
+
+    The state may live in the sampler's own scaling (diffusers' Euler keeps x / alpha); `init_scale` times standard
+    normal noise starts it, and the last state is the clean sample.
+    """
+
+    sampler: str
+    prediction: str
+    """epsilon, v_prediction, sample, flow or edm: the meaning of the network's output that `Call.x0` was built for."""
+    init_scale: float
+    calls: tuple[Call, ...]
+
+    @property
+    def steps(self) -> int:
+        """The number of states that `run` yields."""
+        return sum(call.next is not None for call in self.calls)
+
+    @property
+    def noises(self) -> int:
+        """How many fresh noises a run draws."""
+        return 1 + max((i for call in self.calls for kind, i, _ in call.next or () if kind == "n"), default=-1)
+
+    @classmethod
+    def trace(
+        cls, sampler: Sampler, process: Process, times: ArrayLike, *, prediction: str = "epsilon", name: str = ""
+    ) -> Plan:
+        """Run a sampler once on symbols and write down what it does.
+
+        times  [steps + 1], strictly decreasing within the process's [0, t_max]
+        Raises PlanError for times out of order, NotLinear when the sampler does something no table can express.
+        """
+        times = check_times(np.asarray(times, dtype=np.float64), process)
+        rows: list[dict[str, Any]] = []
+        drawn = 0
+
+        def denoise(x: Linear, t: float) -> Linear:
+            alpha, sigma = float(process.alpha(t)), float(process.sigma(t))
+            rows.append(
+                {
+                    "t": t,
+                    "timestep": float(process.timestep(t)),
+                    "input": x.terms,
+                    "scale": float(process.input_scale(t)),
+                    "x0": x0_conversion(prediction, alpha, sigma, getattr(process, "sigma_data", 0.5)),
+                    "next": None,
+                }
+            )
+            return Linear.atom("d", len(rows) - 1)
+
+        def noise() -> Linear:
+            nonlocal drawn
+            drawn += 1
+            return Linear.atom("n", drawn - 1)
+
+        x = Linear.atom("x", 0)
+        # the sampler cannot tell symbols from arrays; the type checker can
+        for step in sampler(denoise, process, x, times, noise):  # type: ignore[arg-type]
+            state: Linear = step.x  # type: ignore[assignment]
+            rows[-1]["next"] = state.terms
+            # From here on this very object stands for the new state, so later rows refer to it instead of spelling
+            # it out. Its value is unchanged, so whoever else holds it is right too.
+            state.become(("x", step.index + 1))
+        start = float(np.hypot(process.alpha(times[0]), process.sigma(times[0])))
+        return cls(name or getattr(sampler, "__name__", "custom"), prediction, start, tuple(Call(**r) for r in rows))
+
+    @classmethod
+    def from_diffusers(cls, scheduler: Any, steps: int, **timestep_options: Any) -> Plan:
+        """The plan of any linear diffusers scheduler, found by probing it.
+
+        timestep_options go to the scheduler's `set_timesteps` (`mu` or `sigmas` for flow matching, say).
+        Raises NotLinear, naming the scheduler and the reason, for what no table can express.
+        """
+        from .probe import probe
+
+        check_steps(steps)
+        return probe(scheduler, steps, timestep_options)
+
+    def start(self, noise: Array) -> Array:
+        """The first state, from standard normal noise of the sample's shape."""
+        return noise * self.init_scale
+
+    def run(self, denoise: Denoise, x: Array, noise: Callable[[], Array] | None = None) -> Iterator[Step]:
+        """Sample.
+
+        denoise  (x, t) -> estimate of the clean sample, same shape; t is a float with `.timestep` and `.call` (Time)
+        x        the state at the first call, `init_scale` times standard normal noise; any shape, float32 or float64
+        noise    () -> fresh standard normal of x's shape, called `noises` times in order; PlanError if it is missing
+        """
+        if self.noises and noise is None:
+            raise PlanError(f"no noise for {self.sampler}", expected=f"a source of {self.noises} noises")
+        values: dict[tuple[str, int], Array] = {("x", 0): x}
+        draw = noise or (lambda: x)
+        index = 0
+        for k, (call, dead) in enumerate(zip(self.calls, self._dead, strict=True)):
+            x0 = values["d", k] = denoise(_combine(call.input, values, draw), Time(call))
+            if call.next is not None:
+                index += 1
+                x = values["x", index] = _combine(call.next, values, draw)
+            for key in dead:
+                values.pop(key, None)
+            if call.next is not None:
+                yield Step(index - 1, x, x0)
+
+    @cached_property
+    def _dead(self) -> tuple[tuple[tuple[str, int], ...], ...]:
+        """After each call, the values no later row reads."""
+        last: dict[tuple[str, int], int] = {}
+        index = 0
+        for k, call in enumerate(self.calls):
+            last["d", k] = k
+            for kind, i, _ in (*call.input, *(call.next or ())):
+                last[kind, i] = k
+            if call.next is not None:
+                index += 1
+                last["x", index] = k
+        dead: list[list[tuple[str, int]]] = [[] for _ in self.calls]
+        for key, k in last.items():
+            dead[k].append(key)
+        return tuple(tuple(keys) for keys in dead)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able table; float64 survives a round trip exactly."""
+        return {
+            "sampler": self.sampler,
+            "prediction": self.prediction,
+            "init_scale": self.init_scale,
+            "calls": [
+                {
+                    "t": call.t,
+                    "timestep": call.timestep,
+                    "input": [list(term) for term in call.input],
+                    "scale": call.scale,
+                    "x0": list(call.x0),
+                    "next": None if call.next is None else [list(term) for term in call.next],
+                    "graph": call.graph,
+                    "guided": call.guided,
+                }
+                for call in self.calls
+            ],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any] | str) -> Plan:
+        """Read a plan and check that it can run. Raises PlanError naming the row at fault."""
+        if isinstance(data, str):
+            try:
+                data = json.loads(data)
+            except ValueError as error:
+                raise PlanError(f"a plan that is not JSON ({error})") from None
+        if not isinstance(data, Mapping) or set(data) != {"sampler", "prediction", "init_scale", "calls"}:
+            found = sorted(data) if isinstance(data, Mapping) else type(data).__name__
+            raise PlanError(f"a plan with {found}", expected="sampler, prediction, init_scale and calls")
+        rows = data["calls"]
+        if not isinstance(rows, list) or not 1 <= len(rows) <= MAX_CALLS:
+            raise PlanError("a plan whose calls are missing or too many", expected=f"1 to {MAX_CALLS} rows")
+        if not isinstance(data["sampler"], str) or not isinstance(data["prediction"], str):
+            raise PlanError("a plan whose sampler or prediction is not a name")
+        calls, states = [], 1
+        for k, row in enumerate(rows):
+            calls.append(_call(row, k, states))
+            states += calls[-1].next is not None
+        if calls[-1].next is None:
+            raise PlanError("a plan whose last call leads to no state", expected="a next state in the last row")
+        return cls(data["sampler"], data["prediction"], _number(data["init_scale"], "init_scale"), tuple(calls))
+
+
+def plan(
+    sampler: str | Sampler,
+    steps: int,
+    process: Process,
+    times: str | ArrayLike = "auto",
+    *,
+    prediction: str = "epsilon",
+    grid: GridSpec = GridSpec(),  # noqa: B008
+) -> Plan:
+    """Compile a sampler to a table.
+
+    sampler  a name from SAMPLERS, or a function of their signature (functools.partial sets options such as eta)
+    times    "auto", the name of a grid (times.GRIDS), or [steps + 1] decreasing process times
+    grid     how a discrete model's own scheduler spaces its times
+    Raises PlanError for an unknown name, steps outside 1 to 1000, or times out of order.
+    """
+    check_steps(steps)
+    name = sampler if isinstance(sampler, str) else getattr(sampler, "__name__", "custom")
+    if isinstance(sampler, str):
+        if sampler not in SAMPLERS:
+            raise PlanError(f"sampler {sampler!r}", expected=f"one of {', '.join(SAMPLERS)}")
+        sampler = SAMPLERS[sampler]
+    if isinstance(times, str):
+        spacing = "lcm" if times == "auto" and name == "lcm" else times
+        times = make_times(spacing, steps, process, grid)
+    elif len(np.asarray(times)) != steps + 1:
+        raise PlanError(f"{len(np.asarray(times))} times for {steps} steps", expected=f"{steps + 1} times")
+    return Plan.trace(sampler, process, times, prediction=prediction, name=name)
+
+
+def x0_conversion(prediction: str, alpha: float, sigma: float, sigma_data: float = 0.5) -> tuple[float, float]:
+    """(a, b) with x0 = a x + b output, for x = alpha x0 + sigma noise.
+
+    epsilon: the noise. v_prediction: alpha noise - sigma x0 (Salimans and Ho 2022, arXiv:2202.00512). sample: x0.
+    flow: noise - x0. edm: the raw F of Karras et al. 2022, table 1, for alpha = 1.
+    Raises PlanError where the output says nothing about x0: epsilon at alpha 0.
+    """
+    match prediction:
+        case "epsilon" if alpha > 0:
+            return 1 / alpha, -sigma / alpha
+        case "epsilon":
+            raise PlanError("epsilon prediction at a time where alpha is 0", fix="use v_prediction or skip that time")
+        case "v_prediction":
+            total = alpha**2 + sigma**2
+            return alpha / total, -sigma / total
+        case "sample":
+            return 0.0, 1.0
+        case "flow":
+            return 1 / (alpha + sigma), -sigma / (alpha + sigma)
+        case "edm":
+            total = sigma**2 + sigma_data**2
+            return sigma_data**2 / total, sigma * sigma_data / math.sqrt(total)
+    raise PlanError(f"prediction {prediction!r}", expected="epsilon, v_prediction, sample, flow or edm")
+
+
+def _combine(terms: Terms, values: dict[tuple[str, int], Array], draw: Callable[[], Array]) -> Array:
+    """sum of coefficient * value, with one temporary; a lone term of coefficient 1 is passed on untouched."""
+    total = scratch = None
+    for kind, i, c in terms:
+        if kind == "n" and (kind, i) not in values:
+            values[kind, i] = draw()
+        value = values[kind, i]
+        if total is None:
+            total = value if len(terms) == 1 and c == 1.0 else value * c
+        else:
+            scratch = np.multiply(value, c, out=scratch)
+            total += scratch
+    assert total is not None, "from_json and trace refuse empty combinations"
+    return total
+
+
+_FIELDS = {"t", "timestep", "input", "scale", "x0", "next", "graph", "guided"}
+
+
+def _call(row: Any, k: int, states: int) -> Call:
+    if not isinstance(row, Mapping) or set(row) != _FIELDS:
+        raise PlanError(f"call {k} of a plan", expected=f"the fields {', '.join(sorted(_FIELDS))}")
+    if not isinstance(row["graph"], str) or not isinstance(row["guided"], bool):
+        raise PlanError(f"call {k} of a plan", expected="graph as a name and guided as true or false")
+    if not isinstance(row["x0"], list) or len(row["x0"]) != 2:
+        raise PlanError(f"call {k} of a plan", expected="x0 as two numbers")
+    return Call(
+        t=_number(row["t"], f"call {k}: t"),
+        timestep=_number(row["timestep"], f"call {k}: timestep"),
+        input=_terms(row["input"], {"x": states, "d": k, "n": MAX_CALLS}, f"call {k}: input"),
+        scale=_number(row["scale"], f"call {k}: scale"),
+        x0=(_number(row["x0"][0], f"call {k}: x0"), _number(row["x0"][1], f"call {k}: x0")),
+        next=None
+        if row["next"] is None
+        else _terms(row["next"], {"x": states, "d": k + 1, "n": MAX_CALLS}, f"call {k}: next"),
+        graph=row["graph"],
+        guided=row["guided"],
+    )
+
+
+def _terms(data: Any, known: dict[str, int], where: str) -> Terms:
+    """`known` counts the states, predictions and noises that exist when these terms are read."""
+    if not isinstance(data, list) or not 1 <= len(data) <= 3 * MAX_CALLS:
+        raise PlanError(f"{where} of a plan", expected="at least one [kind, index, coefficient]")
+    terms: list[Term] = []
+    for term in data:
+        if not isinstance(term, list) or len(term) != 3:
+            raise PlanError(f"{where} of a plan has the term {term!r}", expected="[kind, index, coefficient]")
+        kind, i, c = term
+        if kind not in known or type(i) is not int or not 0 <= i < known[kind]:
+            raise PlanError(f"{where} of a plan reads {kind!r} {i!r}, which does not exist yet")
+        terms.append((kind, i, _number(c, where)))
+    return tuple(terms)
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise PlanError(f"{where} of a plan is {value!r}", expected="a finite number")
+    return float(value)
