@@ -1,0 +1,53 @@
+"""The golden latent notices what a hash cannot: an engine that computes something else."""
+
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from fewstep.runtime.errors import BundleError
+from fewstep.runtime.golden import TOLERANCE, compare_golden, golden_latent
+
+
+@dataclass
+class Fake:
+    """A pipeline whose latent is a fixed function of its seed, off by `error`."""
+
+    error: float = 0.0
+    shape: tuple[int, ...] = (1, 4, 8, 8)
+
+    manifest = SimpleNamespace(tokenizer=object(), classes=None, sampler="ddim")
+
+    def __call__(self, prompt, *, class_labels, num_inference_steps, seed, sampler, output_type):
+        assert output_type == "latent"
+        x = np.random.default_rng([seed, num_inference_steps, len(prompt)]).standard_normal(self.shape)
+        return SimpleNamespace(images=(x + self.error).astype(np.float32))
+
+
+def test_a_replay_on_the_same_engine_differs_by_the_stored_digits_only():
+    assert compare_golden(Fake(), golden_latent(Fake())) < 1e-6
+
+
+@pytest.mark.parametrize("error", [0.1, np.nan, np.inf])
+def test_a_wrong_engine_is_beyond_the_tolerance(error):
+    with np.errstate(invalid="ignore"):
+        assert compare_golden(Fake(error), golden_latent(Fake())) > TOLERANCE
+
+
+def test_another_shape_is_named():
+    with pytest.raises(BundleError, match=r"\[1, 4, 4, 4\].*\[1, 4, 8, 8\]"):
+        compare_golden(replace(Fake(), shape=(1, 4, 4, 4)), golden_latent(Fake()))
+
+
+@pytest.mark.parametrize("damage", [{}, {"values": "x"}, {"values": [1.0]}, {"steps": None}])
+def test_a_damaged_record_is_a_bundle_error(damage):
+    golden = {**golden_latent(Fake()), **damage} if damage else {}
+    with pytest.raises(BundleError, match=r"quality\.golden"):
+        compare_golden(Fake(), golden)
+
+
+def test_it_is_small_enough_for_a_manifest():
+    import json
+
+    assert len(json.dumps(golden_latent(Fake(shape=(1, 4, 64, 64))))) < 2500

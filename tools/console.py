@@ -1,0 +1,98 @@
+"""What a command shows: progress on stderr, one answer on stdout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+__all__ = ["Answer", "bar", "human_bytes", "human_seconds", "note", "table", "track"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command has to say: `data` for --json, `text` for people."""
+
+    data: dict[str, Any]
+    text: str
+    exit_code: int = field(default=0)
+
+
+def note(text: str) -> None:
+    """One line on stderr, where it disturbs nobody who reads the answer."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Callable[[float, str], None]]:
+    """Yields `update(fraction, note)`: a bar on a terminal, elsewhere a line whenever the note changes.
+
+    Without rich a terminal gets the plain lines too.
+    """
+    if sys.stderr.isatty():
+        try:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+        except ImportError:
+            pass
+        else:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+            with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+                task = progress.add_task(title, total=1.0, note="")
+                yield lambda fraction, text: progress.update(task, completed=fraction, note=text)
+            return
+
+    last = ""
+
+    def plain(fraction: float, text: str) -> None:
+        nonlocal last
+        if text and text != last:
+            note(f"{title}: {text}")
+            last = text
+
+    yield plain
+
+
+def track(events: Iterable[T], title: str, describe: Callable[[T], tuple[float, str] | None]) -> Iterator[T]:
+    """Pass events through and draw them; `describe` gives (fraction, note), or None for what is not drawn."""
+    with bar(title) as update:
+        for event in events:
+            if (shown := describe(event)) is not None:
+                update(*shown)
+            yield event
+
+
+def table(rows: Iterable[Iterable[object]], header: Iterable[str] = ()) -> str:
+    """Columns padded to their widest cell; numbers are whatever text the caller made of them."""
+    cells = [[str(cell) for cell in row] for row in ([header, *rows] if header else rows)]
+    if not cells:
+        return ""
+    widths = [max(len(row[i]) if i < len(row) else 0 for row in cells) for i in range(max(map(len, cells)))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=False)).rstrip() for row in cells]
+    if header:
+        lines.insert(1, "  ".join("-" * w for w in widths))
+    return "\n".join(lines)
+
+
+def human_bytes(count: float | None) -> str:
+    """1536 -> "1.5 KiB"; None -> "unknown"."""
+    if count is None:
+        return "unknown"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def human_seconds(seconds: float | None) -> str:
+    """0.0123 -> "12.3 ms"; three digits are more than a latency deserves."""
+    if seconds is None:
+        return "unknown"
+    if seconds < 1:
+        return f"{seconds * 1000:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 100 else f"{seconds:.0f} s"
