@@ -1,7 +1,8 @@
 """Writing to disk so that a reader sees the old thing or the new thing, never half of one.
 
-Everything fewstep writes goes through here or through bundle.BundleWriter: a temporary name in the same folder, fsync,
-rename, fsync of the folder (Pillai et al., OSDI 2014: rename without fsync is the classic way to lose both versions).
+Everything fewstep writes goes through here or through bundle.BundleWriter: a temporary name in the same
+folder, fsync, rename, fsync of the folder (Pillai et al., OSDI 2014: rename without fsync is the classic
+way to lose both versions).
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ _REMEDIES = {
 }
 
 _live: set[str] = set()
-"""Temporary names this process is writing to: after a container restart a dead process may have had our very pid."""
+"""Temporary names this process is writing to: in a restarted container the dead may have had our pid."""
 
 
 def output_error(error: OSError, path: Path, *, size: int | None = None) -> OutputError:
-    """Say what an OSError means to the one who asked for `path`. `size`: bytes that had to fit, where known."""
+    """Say what an OSError means to the one who asked for `path`. `size`: bytes that had to fit, if known."""
     found = f"cannot write {path}: {(error.strerror or str(error)).lower()}"
     if size is not None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         found += f" ({size:,} bytes needed"
@@ -73,7 +74,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def temporary_name(dest: Path) -> Path:
-    """A fresh name beside `dest`, on the same file system; it carries our pid so that `remove_stale` can judge it."""
+    """A fresh name beside `dest`, on the same file system; it carries our pid so that `remove_stale` can
+    judge it.
+    """
     temporary = dest.with_name(f".{dest.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     _live.add(temporary.name)
     return temporary
@@ -92,7 +95,8 @@ def remove(path: Path) -> None:
 def remove_stale(dest: Path) -> None:
     """Clear away what processes that died while writing `dest` left beside it.
 
-    `.old-` is the previous version, moved aside in the middle of a swap: it goes back if nothing took its place.
+    `.old-` is the previous version, moved aside in the middle of a swap: it goes back if nothing took its
+    place.
     """
     pattern = re.compile(re.escape(f".{dest.name}.") + r"(tmp|old)-(\d{1,10})-[0-9a-f]{8}")
     try:

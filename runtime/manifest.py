@@ -1,22 +1,43 @@
 """What a bundle says about itself: manifest.json as frozen dataclasses.
 
-spec/bundle.md is the prose, spec/manifest.schema.json the JSON schema; this module is the Python reader and writer.
+spec/bundle.md is the prose, spec/manifest.schema.json the JSON schema; this module is the reader and writer.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .errors import BundleError
+from .paths import check_paths
+from .strictjson import check_plain, decode, dumps, encode, loads
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "FileSpec",
+    "GridSpec",
+    "GuidanceSpec",
+    "Manifest",
+    "PartSpec",
+    "SampleSpec",
+    "TensorSpec",
+    "TokenizerSpec",
+]
+
 SCHEMA_VERSION = 1
+VERSION_KEY = "fewstep_bundle"
+"""The top-level key that holds the schema version and tells our manifest from other files of that name."""
+
+NAME = "manifest.json"
 
 JSON = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output of a graph: `shape` mixes fixed sizes and named free axes ("batch", "height", ...)."""
+    """One input or output of a graph; `shape` mixes fixed sizes and named free axes ("batch", "height")."""
 
     name: str
     dtype: str
@@ -51,7 +72,7 @@ class SampleSpec:
     factor: int = 1
     """Pixels per latent cell along each side; 1 for a pixel model."""
     multiple: int = 1
-    """Height and width must be multiples of this many pixels (factor times the denoiser's own downsampling)."""
+    """Height and width are multiples of this many pixels: factor times the denoiser's own downsampling."""
     fixed: bool = False
     """True when the graphs take only the default size."""
     scaling_factor: float = 1.0
@@ -76,7 +97,7 @@ class GridSpec:
     """leading, trailing or linspace: diffusers' timestep_spacing."""
     steps_offset: int = 0
     final: str = "clean"
-    """clean: the last step ends at sigma 0. first: at the first trained level (diffusers set_alpha_to_one=False)."""
+    """clean: the last step ends at sigma 0. first: at the first trained level (set_alpha_to_one=False)."""
 
 
 @dataclass(frozen=True)
@@ -127,3 +148,109 @@ class Manifest:
     """Versions of the tools that made the bundle."""
     files: Mapping[str, FileSpec] = field(default_factory=dict)
     """Every file of the bundle but the manifest itself."""
+
+    @classmethod
+    def from_json(cls, data: str | bytes | JSON) -> Manifest:
+        """Read what `to_json` wrote, as text or already parsed.
+
+        Every field must be there and no other, of its type and in its range; every path must be safe; every
+        file a part or the tokenizer names must be listed. Raises BundleError naming the field.
+        """
+        if isinstance(data, str | bytes):
+            data = loads(data, NAME)
+        else:
+            check_plain(data, NAME)
+            data = encode(data)
+        if not isinstance(data, dict) or VERSION_KEY not in data:
+            raise BundleError(
+                f"{NAME} has no {VERSION_KEY!r}", fix="this is not a fewstep bundle: run fewstep export"
+            )
+        version = data[VERSION_KEY]
+        if type(version) is not int or version != SCHEMA_VERSION:
+            raise BundleError(
+                f"{NAME}: schema version {str(version)[:40]}",
+                expected=f"{SCHEMA_VERSION}",
+                fix="update fewstep, or export the bundle again",
+            )
+        manifest = decode(cls, {key: value for key, value in data.items() if key != VERSION_KEY}, NAME)
+        _check(manifest)
+        return manifest
+
+    def to_json(self) -> str:
+        """The one text for this manifest: sorted keys, no times. BundleError for what JSON cannot carry."""
+        data = {VERSION_KEY: SCHEMA_VERSION, **encode(self)}
+        check_plain(data, NAME)
+        return dumps(data)
+
+
+TASKS = ("text-to-image", "class-conditional", "unconditional")
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
+SPACINGS = ("leading", "trailing", "linspace")
+FINALS = ("clean", "first")
+GUIDANCES = ("none", "cfg")
+DTYPES = (
+    *("float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64"),
+    *("uint8", "uint16", "uint32", "uint64", "bool"),
+)
+IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+
+
+def _check(m: Manifest) -> None:
+    """What the types do not say. Raises BundleError."""
+
+    def need(ok: bool, what: str, found: object, expected: str) -> None:
+        if not ok:
+            shown = found if isinstance(found, int | float) else repr(str(found)[:80])
+            raise BundleError(f"{NAME}: {what} is {shown}", expected=expected, fix="export the bundle again")
+
+    def one_of(what: str, found: str, known: tuple[str, ...]) -> None:
+        need(found in known, what, found, f"one of {', '.join(known)}")
+
+    one_of("task", m.task, TASKS)
+    one_of("prediction", m.prediction, PREDICTIONS)
+    one_of("grid.spacing", m.grid.spacing, SPACINGS)
+    one_of("grid.final", m.grid.final, FINALS)
+    one_of("guidance.kind", m.guidance.kind, GUIDANCES)
+    need(m.denoiser in m.parts, "denoiser", m.denoiser, f"one of the parts: {', '.join(sorted(m.parts))}")
+    need(m.classes is None or 0 < m.classes < 2**31, "classes", m.classes, "at least 1")
+    for what in ("height", "width", "channels", "factor", "multiple"):
+        need(0 < getattr(m.sample, what) <= 2**16, f"sample.{what}", getattr(m.sample, what), "1 to 65536")
+    need(m.sample.scaling_factor != 0, "sample.scaling_factor", m.sample.scaling_factor, "not 0: it divides")
+
+    check_paths(m.files)
+    for path, file in m.files.items():
+        need(
+            re.fullmatch("[0-9a-f]{64}", file.sha256) is not None,
+            f"sha256 of {path}",
+            file.sha256,
+            "64 hex digits",
+        )
+        need(0 <= file.bytes < 2**63, f"size of {path}", file.bytes, "0 or more bytes")
+    for name, part in m.parts.items():
+        need(IDENTIFIER.fullmatch(name) is not None, "name of a part", name, "letters, digits and _")
+        need(
+            IDENTIFIER.fullmatch(part.engine) is not None,
+            f"engine of {name}",
+            part.engine,
+            "the name of an engine",
+        )
+        need(part.graph in m.files, f"graph of {name}", part.graph, "a file of the list in files")
+        for tensors, which in ((part.inputs, "inputs"), (part.outputs, "outputs")):
+            names = [tensor.name for tensor in tensors]
+            need(len(set(names)) == len(names), f"{which} of {name}", ", ".join(names), "different names")
+            for tensor in tensors:
+                one_of(f"dtype of {name} {tensor.name}", tensor.dtype, DTYPES)
+                for size in tensor.shape:
+                    ok = bool(size) if isinstance(size, str) else 0 < size < 2**31
+                    need(
+                        ok,
+                        f"shape of {name} {tensor.name}",
+                        tensor.shape,
+                        "axis names and sizes of at least 1",
+                    )
+    if m.tokenizer is not None:
+        need(m.tokenizer.file in m.files, "tokenizer.file", m.tokenizer.file, "a file of the list in files")
+        need(
+            2 < m.tokenizer.max_length <= 2**16, "tokenizer.max_length", m.tokenizer.max_length, "3 to 65536"
+        )
+        need(0 <= m.tokenizer.pad_id < 2**31, "tokenizer.pad_id", m.tokenizer.pad_id, "a token id")

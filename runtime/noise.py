@@ -1,12 +1,14 @@
 """Seeded noise: the same seed gives torch's noise, without torch, and the same bits in every language.
 
-The stream is torch's CPU generator (ATen/native/cpu/DistributionTemplates.h, normal_fill): MT19937 seeded the classic
-way (Matsumoto and Nishimura 1998), the low 24 bits of each draw as a uniform, Box-Muller over blocks of 16.
+The stream is torch's CPU generator (ATen/native/cpu/DistributionTemplates.h, normal_fill): MT19937 seeded
+the classic way (Matsumoto and Nishimura 1998), the low 24 bits of each draw as a uniform, Box-Muller over
+blocks of 16.
 
-torch works in float32 with the C library's log, sin and cos, which differ between languages. Here they are fdlibm's
-polynomials (Sun 1993, e_log.c, k_sin.c, k_cos.c), written with + - * / sqrt in float64 and rounded once: equal to the
-last bit wherever IEEE 754 holds, and within 2e-6 of torch (the worst of 24 million values: 1.91e-6). A compiled port must not contract a*b + c into one
-rounding (-ffp-contract=off). spec/golden/noise.json is what every port must reproduce.
+torch works in float32 with the C library's log, sin and cos, which differ between languages. Here they are
+fdlibm's polynomials (Sun 1993, e_log.c, k_sin.c, k_cos.c), written with + - * / sqrt in float64 and rounded
+once: equal to the last bit wherever IEEE 754 holds, and within 2e-6 of torch (the worst of 24 million
+values: 1.91e-6). A compiled port must not contract a*b + c into one rounding (-ffp-contract=off).
+spec/golden/noise.json is what every port must reproduce.
 """
 
 from __future__ import annotations
@@ -24,13 +26,17 @@ from .errors import BadInput
 __all__ = ["Noise", "randn"]
 
 BLOCK = 16
-"""torch draws 16 values at a time: the first 8 uniforms give radii, the last 8 angles. Below 16 it works otherwise."""
+"""torch draws 16 values at a time: the first 8 uniforms give radii, the last 8 angles. Below 16 it works
+otherwise.
+"""
 
 MAX_SEED = 2**64 - 1
 """The largest seed torch takes; only its low 32 bits reach MT19937."""
 
 CHUNK = 1 << 16
-"""Values computed at a time, so that the temporaries stay in cache; a multiple of BLOCK, without effect on the result."""
+"""Values computed at a time, so that the temporaries stay in cache; a multiple of BLOCK, without effect on
+the result.
+"""
 
 # fdlibm e_log.c: ln 2 in two parts, and R(z) = log((1+s)/(1-s))/s - 2 at z = s^2
 LN2_HI, LN2_LO = 6.93147180369123816490e-01, 1.90821492927058770002e-10
@@ -62,11 +68,13 @@ COS = (
 )
 
 Float64 = NDArray[np.float64]
-UInt32 = NDArray[np.uint32]
+Words = NDArray[np.integer[Any]]
 
 
 class Noise:
-    """A stream of standard normal values, as one `torch.Generator("cpu").manual_seed(seed)` gives them call by call."""
+    """A stream of standard normal values, as one `torch.Generator("cpu").manual_seed(seed)` gives them call
+    by call.
+    """
 
     def __init__(self, seed: int) -> None:
         """seed  0 to 2^64 - 1. Raises BadInput for anything else."""
@@ -85,7 +93,8 @@ class Noise:
     def randn(self, shape: Sequence[int]) -> NDArray[np.float32]:
         """The next values of the stream, in C order, float32 of `shape`.
 
-        Raises BadInput for fewer than 16 values in all, where torch takes another path that this does not follow.
+        Raises BadInput for fewer than 16 values in all, where torch takes another path that this does not
+        follow.
         """
         dims = _checked(shape)
         n = math.prod(dims)
@@ -99,13 +108,16 @@ class Noise:
             out[-BLOCK:] = box_muller(self._draw(BLOCK))
         return out.reshape(dims)
 
-    def _draw(self, n: int) -> UInt32:
+    def _draw(self, n: int) -> Words:
         """The next n 32-bit words of MT19937."""
-        return self._generator.randint(0, 1 << 32, size=n, dtype=np.uint32)
+        words: Words = self._generator.randint(0, 1 << 32, size=n, dtype=np.uint32)
+        return words
 
 
 def randn(shape: Sequence[int], seed: int) -> NDArray[np.float32]:
-    """`torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))` within 2e-6, float32 of `shape`."""
+    """`torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed))` within 2e-6, float32 of
+    `shape`.
+    """
     return Noise(seed).randn(shape)
 
 
@@ -123,8 +135,9 @@ def _checked(shape: Sequence[int]) -> tuple[int, ...]:
     return dims
 
 
-def box_muller(words: UInt32) -> NDArray[np.float32]:
-    """Normal values from 32-bit words, block by block of 16 (Box and Muller 1958): eight cosines, then eight sines.
+def box_muller(words: Words) -> NDArray[np.float32]:
+    """Normal values from 32-bit words, block by block of 16 (Box and Muller 1958): eight cosines, then
+    eight sines.
 
     words  [16 k] uint32, of which the low 24 bits count  ->  [16 k] float32
     """
@@ -135,7 +148,7 @@ def box_muller(words: UInt32) -> NDArray[np.float32]:
     return values.reshape(-1).astype(np.float32)
 
 
-def log_of_24_bits(k: UInt32) -> Float64:
+def log_of_24_bits(k: Words) -> Float64:
     """ln(k / 2^24) for k from 1 to 2^24."""
     m, e = np.frexp(k.astype(np.float64))  # k = m 2^e exactly, m in [0.5, 1)
     low = m < 0.7071067811865476  # sqrt(1/2): from here m in [sqrt(1/2), sqrt(2)]
@@ -149,7 +162,7 @@ def log_of_24_bits(k: UInt32) -> Float64:
     return np.asarray(exponent * LN2_HI - ((half - tail) - f))
 
 
-def sin_cos_of_24_bits(v: UInt32) -> tuple[Float64, Float64]:
+def sin_cos_of_24_bits(v: Words) -> tuple[Float64, Float64]:
     """sin and cos of 2 pi v / 2^24 for v from 0 to 2^24 - 1: folded exactly, in integers, into [0, pi/4]."""
     quadrant, within = v >> 22, v & 0x3FFFFF
     fold = within > 0x200000  # past pi/4: sin(a) = cos(pi/2 - a)

@@ -1,6 +1,7 @@
 """Noise equals torch's, and is the same to the last bit everywhere.
 
-`python tests/runtime/test_noise.py` writes spec/golden/noise.json anew; do that only when the contract itself changes.
+`python tests/runtime/test_noise.py` writes spec/golden/noise.json anew; do that only when the contract
+itself changes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ STREAMS: list[tuple[int, list[list[int]]]] = [
     (1234567890123456789, [[100003]]),  # longer than one chunk, not a multiple of 16
 ]
 TORCH = 2e-6
-"""Largest difference from torch seen in 24 million values is 1.91e-6: this, rounded up: torch's own float32 rounding."""
+"""Largest difference from torch seen in 24 million values is 1.91e-6: this, rounded up: torch's own float32
+rounding.
+"""
 
 
 def golden() -> dict[str, Any]:
@@ -40,7 +43,7 @@ def golden() -> dict[str, Any]:
         streams.append(
             {"seed": str(seed), "draws": shapes, "sha256": hashlib.sha256(blob).hexdigest(), "first": first}
         )
-    about = "sha256 of all draws of one stream, one after the other, as float32 little-endian; seeds are decimal strings"
+    about = "sha256 of all draws of one stream one after the other, float32 little-endian; seeds in decimal"
     return {"about": about, "streams": streams}
 
 
