@@ -77,14 +77,16 @@ class Plan:
     """
 
     sampler: str
+    steps: int
+    """Steps as the user counts them: what was asked for, whatever the number of network calls."""
     prediction: str
     """epsilon, v_prediction, sample, flow or edm: the meaning of the network's output that `Call.x0` was built for."""
     init_scale: float
     calls: tuple[Call, ...]
 
     @property
-    def steps(self) -> int:
-        """The number of states that `run` yields."""
+    def states(self) -> int:
+        """How many states `run` yields; more than `steps` for diffusers' two-call schedulers."""
         return sum(call.next is not None for call in self.calls)
 
     @property
@@ -133,7 +135,8 @@ class Plan:
             # it out. Its value is unchanged, so whoever else holds it is right too.
             state.become(("x", step.index + 1))
         start = float(np.hypot(process.alpha(times[0]), process.sigma(times[0])))
-        return cls(name or getattr(sampler, "__name__", "custom"), prediction, start, tuple(Call(**r) for r in rows))
+        name = name or getattr(sampler, "__name__", "custom")
+        return cls(name, len(times) - 1, prediction, start, tuple(Call(**row) for row in rows))
 
     @classmethod
     def from_diffusers(cls, scheduler: Any, steps: int, **timestep_options: Any) -> Plan:
@@ -161,7 +164,16 @@ class Plan:
         if self.noises and noise is None:
             raise PlanError(f"no noise for {self.sampler}", expected=f"a source of {self.noises} noises")
         values: dict[tuple[str, int], Array] = {("x", 0): x}
-        draw = noise or (lambda: x)
+        drawn = 0
+
+        def draw(i: int) -> Array:
+            """Noise i. A stream of noises is used in order, also past one that no row reads."""
+            nonlocal drawn
+            assert noise is not None
+            while drawn <= i:
+                fresh, drawn = noise(), drawn + 1
+            return fresh
+
         index = 0
         for k, (call, dead) in enumerate(zip(self.calls, self._dead, strict=True)):
             x0 = values["d", k] = denoise(_combine(call.input, values, draw), Time(call))
@@ -194,6 +206,7 @@ class Plan:
         """A JSON-able table; float64 survives a round trip exactly."""
         return {
             "sampler": self.sampler,
+            "steps": self.steps,
             "prediction": self.prediction,
             "init_scale": self.init_scale,
             "calls": [
@@ -219,21 +232,23 @@ class Plan:
                 data = json.loads(data)
             except ValueError as error:
                 raise PlanError(f"a plan that is not JSON ({error})") from None
-        if not isinstance(data, Mapping) or set(data) != {"sampler", "prediction", "init_scale", "calls"}:
+        if not isinstance(data, Mapping) or set(data) != _PLAN_FIELDS:
             found = sorted(data) if isinstance(data, Mapping) else type(data).__name__
-            raise PlanError(f"a plan with {found}", expected="sampler, prediction, init_scale and calls")
+            raise PlanError(f"a plan with {found}", expected=", ".join(sorted(_PLAN_FIELDS)))
         rows = data["calls"]
         if not isinstance(rows, list) or not 1 <= len(rows) <= MAX_CALLS:
             raise PlanError("a plan whose calls are missing or too many", expected=f"1 to {MAX_CALLS} rows")
         if not isinstance(data["sampler"], str) or not isinstance(data["prediction"], str):
             raise PlanError("a plan whose sampler or prediction is not a name")
+        check_steps(data["steps"])
         calls, states = [], 1
         for k, row in enumerate(rows):
             calls.append(_call(row, k, states))
             states += calls[-1].next is not None
         if calls[-1].next is None:
             raise PlanError("a plan whose last call leads to no state", expected="a next state in the last row")
-        return cls(data["sampler"], data["prediction"], _number(data["init_scale"], "init_scale"), tuple(calls))
+        start = _number(data["init_scale"], "init_scale")
+        return cls(data["sampler"], data["steps"], data["prediction"], start, tuple(calls))
 
 
 def plan(
@@ -291,12 +306,12 @@ def x0_conversion(prediction: str, alpha: float, sigma: float, sigma_data: float
     raise PlanError(f"prediction {prediction!r}", expected="epsilon, v_prediction, sample, flow or edm")
 
 
-def _combine(terms: Terms, values: dict[tuple[str, int], Array], draw: Callable[[], Array]) -> Array:
+def _combine(terms: Terms, values: dict[tuple[str, int], Array], draw: Callable[[int], Array]) -> Array:
     """sum of coefficient * value, with one temporary; a lone term of coefficient 1 is passed on untouched."""
     total = scratch = None
     for kind, i, c in terms:
         if kind == "n" and (kind, i) not in values:
-            values[kind, i] = draw()
+            values[kind, i] = draw(i)
         value = values[kind, i]
         if total is None:
             total = value if len(terms) == 1 and c == 1.0 else value * c
@@ -307,6 +322,7 @@ def _combine(terms: Terms, values: dict[tuple[str, int], Array], draw: Callable[
     return total
 
 
+_PLAN_FIELDS = {"sampler", "steps", "prediction", "init_scale", "calls"}
 _FIELDS = {"t", "timestep", "input", "scale", "x0", "next", "graph", "guided"}
 
 

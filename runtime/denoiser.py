@@ -1,0 +1,80 @@
+"""From what a network outputs to an estimate of clean data: conditioning, guidance and conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .backends import Session
+from .errors import FewstepError
+from .manifest import PartSpec
+from .plan import Time
+from .process import Array
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """(x_t, t) -> estimate of x_0, for `Plan.run`: one graph with everything it is conditioned on.
+
+    The graph is fed `sample` [batch, ...], `timestep` and the arrays of `condition`. With guidance, `unconditional`
+    goes in the same call as the first half of a doubled batch, which is diffusers' order.
+    """
+
+    session: Session
+    spec: PartSpec
+    condition: Mapping[str, Array]
+    """Inputs besides sample and timestep, [batch, ...] each."""
+    unconditional: Mapping[str, Array] | None = None
+    guidance_scale: float = 1.0
+    """Classifier-free guidance: out = uncond + scale (cond - uncond). Ho and Salimans 2022 <arXiv:2207.12598>."""
+
+    def __call__(self, x: Array, t: float) -> Array:
+        assert isinstance(t, Time), "a Denoiser needs the row of the plan, which Plan.run hands to it"
+        call = t.call
+        guided = call.guided and self.unconditional is not None and self.guidance_scale != 1.0
+        sample = x * call.scale if call.scale != 1.0 else x
+        if guided:
+            assert self.unconditional is not None
+            condition = {k: np.concatenate([self.unconditional[k], v]) for k, v in self.condition.items()}
+            out = self._network(np.concatenate([sample, sample]), call.timestep, condition)
+            uncond, cond = out[: len(x)], out[len(x) :]
+            out = uncond + self.guidance_scale * (cond - uncond)
+        else:
+            out = self._network(sample, call.timestep, self.condition)
+        a, b = call.x0
+        x0 = out * b
+        if a != 0.0:
+            x0 += x * a
+        return np.asarray(x0, dtype=x.dtype)
+
+    def _network(self, sample: Array, timestep: float, condition: Mapping[str, Array]) -> Array:
+        feeds: dict[str, Array] = {}
+        for spec in self.spec.inputs:
+            if spec.name == "sample":
+                feeds["sample"] = np.ascontiguousarray(sample, dtype=spec.dtype)
+            elif spec.name == "timestep":
+                shape = tuple(len(sample) if isinstance(size, str) else size for size in spec.shape)
+                feeds["timestep"] = np.full(shape, timestep, dtype=spec.dtype)
+            else:
+                feeds[spec.name] = np.asarray(condition[spec.name], dtype=spec.dtype)
+        name = self.spec.outputs[0].name
+        out = self.session.run(feeds, [name])[name]
+        if not np.isfinite(out).all():
+            raise FewstepError(
+                f"{self.spec.graph}: {name} holds NaN or infinity at timestep {timestep:g}",
+                fix="a layer overflows in this precision; export the part in float32",
+            )
+        return _drop_variance(out, sample)
+
+
+def _drop_variance(out: Array, sample: Array) -> Array:
+    """A network that learned its variance has twice the channels; samplers use the first half (the mean)."""
+    return out[:, : sample.shape[1]] if out.shape[1] == 2 * sample.shape[1] else out
+
+
+def network_inputs(spec: PartSpec) -> dict[str, Any]:
+    """The inputs that condition the network, by name."""
+    return {tensor.name: tensor for tensor in spec.inputs if tensor.name not in ("sample", "timestep")}

@@ -1,0 +1,375 @@
+"""From a bundle and a prompt to images: the loop an app embeds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from os import PathLike
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from .backends import Session, open_session
+from .bundle import Bundle
+from .denoiser import Denoiser, network_inputs
+from .errors import BadInput, Cancelled, MissingExtra
+from .manifest import Manifest
+from .noise import Noise
+from .plan import Plan, plan
+from .process import Array, process_from_json
+from .samplers import Step
+
+__all__ = ["Output", "Pipeline", "StepDone"]
+
+MAX_SIDE = 4096
+"""Pixels. Past this a latent model needs tens of gigabytes; a larger number is a typing error."""
+
+MAX_IMAGES = 64
+"""Images of one call; they are denoised as one batch."""
+
+
+@dataclass(frozen=True)
+class Output:
+    images: Any
+    """output_type "pil": list of PIL.Image; "np": float32 [n, height, width, channels] in 0..1; "latent": float32
+    [n, channels, ...], the clean sample before decoding."""
+    timings: dict[str, Any]
+    """Seconds: load, text, denoise, decode, total, and step, a list."""
+    seeds: tuple[int, ...]
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """What `Pipeline.generate` yields after each step."""
+
+    index: int
+    steps: int
+    timestep: float
+    x: Array
+    x0: Array
+    """The network's guess of the clean sample, [n, channels, ...]: decode it for a preview."""
+
+
+Callback = Callable[["Pipeline", int, float, dict[str, Array]], Any]
+
+
+@dataclass
+class Pipeline:
+    """A bundle ready to draw. Parts are opened when first used; a context manager, or call `close`.
+
+        pipeline = Pipeline.from_pretrained("emoji-64-bundle")
+        pipeline("a rooster", num_inference_steps=20, seed=1).images[0].save("rooster.png")
+    """
+
+    bundle: Bundle
+    low_memory: bool = False
+    """Close each part as soon as its stage is over, so that the largest part bounds memory, not their sum."""
+    threads: int | None = None
+    _sessions: dict[str, Session] = field(default_factory=dict)
+    _tokenizer: Any = None
+    _load_s: float = 0.0
+    _stop: bool = False
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | PathLike[str], *, low_memory: bool = False, threads: int | None = None, check: str = "hash"
+    ) -> Pipeline:
+        """Open a bundle folder.
+
+        threads  cores for one network call; None lets the engine take all
+        check    "hash" reads every file once and compares; "size" trusts files of the right size
+        Raises BundleError naming the file at fault.
+        """
+        start = time.perf_counter()
+        opened = cls(Bundle.open(path, check=check), low_memory, threads)
+        opened._load_s = time.perf_counter() - start
+        return opened
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.bundle.manifest
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | None = None,
+        *,
+        class_labels: int | Sequence[int] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int = 0,
+        latents: Array | None = None,
+        output_type: str = "pil",
+        sampler: str | None = None,
+        callback_on_step_end: Callback | None = None,
+    ) -> Output:
+        """Draw images; the arguments are diffusers' own.
+
+        Image i of the call starts from `seed + i`, exactly as diffusers does with one generator per image, so each
+        can be drawn again alone. `latents` replaces the starting noise (standard normal, [n, channels, h, w]).
+        `callback_on_step_end(pipeline, index, timestep, {"latents": x})` is called after each step.
+        Raises BadInput for arguments the bundle cannot serve, Cancelled after `interrupt`.
+        """
+        running = self.generate(
+            prompt,
+            negative_prompt,
+            class_labels=class_labels,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            height=height,
+            width=width,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            latents=latents,
+            output_type=output_type,
+            sampler=sampler,
+        )
+        while True:
+            try:
+                done = next(running)
+            except StopIteration as end:
+                output: Output = end.value
+                return output
+            if callback_on_step_end is not None:
+                callback_on_step_end(self, done.index, done.timestep, {"latents": done.x})
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | None = None,
+        *,
+        class_labels: int | Sequence[int] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int = 0,
+        latents: Array | None = None,
+        output_type: str = "pil",
+        sampler: str | None = None,
+    ) -> Generator[StepDone, None, Output]:
+        """The same, step by step: yields after each step and returns the Output. Stop iterating to cancel."""
+        begin = time.perf_counter()
+        self._stop = False
+        table = self.plan(num_inference_steps, sampler)
+        prompts, labels = self._subjects(prompt, class_labels, num_images_per_prompt)
+        n = len(prompts or labels or range(num_images_per_prompt))
+        scale = self._guidance(guidance_scale)
+        shape = self._shape(height, width)
+        _check(output_type in ("pil", "np", "latent"), f"output_type {output_type!r}", "pil, np or latent")
+        streams = [Noise(seed + i) for i in range(n)]
+        if latents is None:
+            latents = np.stack([stream.randn(shape) for stream in streams])
+        latents = np.asarray(latents, dtype=np.float32)
+        _check(latents.shape == (n, *shape), f"latents of shape {latents.shape}", str((n, *shape)))
+
+        loaded = self._load_s
+        text_start = time.perf_counter()
+        condition, unconditional = self._condition(prompts, negative_prompt, labels, n, guided=scale != 1.0)
+        self._release("text_encoder")
+        text_s = time.perf_counter() - text_start - (self._load_s - loaded)
+
+        name = self.manifest.denoiser
+        session = self._open(name)
+        denoise = Denoiser(session, self.manifest.parts[name], condition, unconditional, scale)
+        denoise_start = mark = time.perf_counter()
+        step_s = []
+        step = Step(0, latents, latents)
+        for step in table.run(denoise, table.start(latents), lambda: np.stack([s.randn(shape) for s in streams])):
+            step_s.append(time.perf_counter() - mark)
+            yield StepDone(step.index, table.states, table.calls[-1].timestep, step.x, step.x0)
+            if self._stop:
+                raise Cancelled(f"interrupted after step {step.index + 1} of {table.states}")
+            mark = time.perf_counter()
+        denoise_s = time.perf_counter() - denoise_start
+        del denoise, session
+        self._release(name)
+
+        loaded_2 = self._load_s
+        decode_start = time.perf_counter()
+        images = step.x if output_type == "latent" else self.decode(step.x)
+        if output_type == "pil":
+            images = _to_pil(images)
+        self._release("vae_decoder")
+        decode_s = time.perf_counter() - decode_start - (self._load_s - loaded_2)
+        timings = {
+            "load": self._load_s,
+            "text": text_s,
+            "denoise": denoise_s,
+            "decode": decode_s,
+            "total": time.perf_counter() - begin,
+            "step": step_s,
+        }
+        return Output(images, timings, tuple(seed + i for i in range(n)), table)
+
+    def plan(self, steps: int | None = None, sampler: str | None = None) -> Plan:
+        """The plan a call with these arguments runs: the bundle's default, or one traced for other steps."""
+        default = Plan.from_json(self.manifest.plans["default"]) if "default" in self.manifest.plans else None
+        if default and sampler in (None, default.sampler) and steps in (None, default.steps):
+            return default
+        return plan(
+            sampler or self.manifest.sampler,
+            default.steps if steps is None and default else 20 if steps is None else steps,
+            process_from_json(self.manifest.process),
+            prediction=self.manifest.prediction,
+            grid=self.manifest.grid,
+        )
+
+    def decode(self, x0: Array) -> Array:
+        """Clean samples to images. [n, channels, h, w] -> float32 [n, height, width, channels] in 0..1.
+
+        For previews too. One image at a time: on a CPU a batch is no faster and needs n times the memory.
+        """
+        sample = self.manifest.sample
+        if "vae_decoder" in self.manifest.parts:
+            spec = self.manifest.parts["vae_decoder"]
+            session = self._open("vae_decoder")
+            latent = (x0 / sample.scaling_factor + sample.shift_factor).astype(spec.inputs[0].dtype)
+            feed, out = spec.inputs[0].name, spec.outputs[0].name
+            x0 = np.concatenate([session.run({feed: latent[i : i + 1]}, [out])[out] for i in range(len(latent))])
+        return np.clip(x0.transpose(0, 2, 3, 1).astype(np.float32) / 2 + 0.5, 0, 1)
+
+    def interrupt(self) -> None:
+        """Stop the running call after its current step (from a callback or another thread)."""
+        self._stop = True
+
+    def close(self) -> None:
+        """Free every loaded part. The pipeline can be used again; it reopens what it needs."""
+        while self._sessions:
+            self._sessions.popitem()[1].close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self, name: str) -> Session:
+        if name not in self._sessions:
+            start = time.perf_counter()
+            spec = self.manifest.parts[name]
+            self._sessions[name] = open_session(self.bundle.file(spec.graph), spec, threads=self.threads)
+            self._load_s += time.perf_counter() - start
+        return self._sessions[name]
+
+    def _release(self, name: str) -> None:
+        if self.low_memory and name in self._sessions:
+            self._sessions.pop(name).close()
+
+    def _subjects(
+        self, prompt: str | Sequence[str] | None, labels: int | Sequence[int] | None, per_prompt: int
+    ) -> tuple[list[str] | None, list[int] | None]:
+        task, classes = self.manifest.task, self.manifest.classes
+        _check(type(per_prompt) is int and per_prompt >= 1, f"{per_prompt!r} images per prompt", "1 or more")
+        prompts = [prompt] if isinstance(prompt, str) else None if prompt is None else list(prompt)
+        if self.manifest.tokenizer is None:
+            _check(prompts is None, f"a prompt for a model of task {task}", "no prompt")
+        else:
+            _check(bool(prompts), "no prompt", "a text, or a list of texts", "pass --prompt TEXT")
+        if classes is None:
+            _check(labels is None, f"class labels for a model of task {task}", "no class labels")
+            chosen = None
+        else:
+            chosen = [labels] if isinstance(labels, int) else list(labels or [])
+            good = bool(chosen) and all(type(label) is int and 0 <= label < classes for label in chosen)
+            _check(good, f"class labels {labels!r}", f"whole numbers from 0 to {classes - 1}", "pass --class-label 0")
+        total = len(prompts or chosen or [0]) * per_prompt
+        _check(total <= MAX_IMAGES, f"{total} images in one call", f"at most {MAX_IMAGES}", "call once per batch")
+        return (
+            [p for p in prompts for _ in range(per_prompt)] if prompts else None,
+            [c for c in chosen for _ in range(per_prompt)] if chosen else None,
+        )
+
+    def _guidance(self, scale: float | None) -> float:
+        if self.manifest.guidance.kind == "none":
+            _check(scale in (None, 1, 1.0), f"guidance {scale!r} for a model without guidance", "1 or nothing")
+            return 1.0
+        scale = self.manifest.guidance.scale if scale is None else scale
+        _check(isinstance(scale, int | float) and bool(np.isfinite(scale)), f"guidance {scale!r}", "a finite number")
+        return float(scale)
+
+    def _shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
+        sample = self.manifest.sample
+        height, width = height or sample.height, width or sample.width
+        size = f"{width}x{height} pixels"
+        if sample.fixed:
+            only = f"{sample.width}x{sample.height}, the only size of this bundle"
+            _check((height, width) == (sample.height, sample.width), size, only)
+        good = all(type(s) is int and s > 0 and s % sample.multiple == 0 and s <= MAX_SIDE for s in (height, width))
+        _check(good, size, f"multiples of {sample.multiple} up to {MAX_SIDE}", f"try {sample.width}x{sample.height}")
+        return (sample.channels, height // sample.factor, width // sample.factor)
+
+    def _condition(
+        self, prompts: list[str] | None, negative: str | None, labels: list[int] | None, n: int, *, guided: bool
+    ) -> tuple[dict[str, Array], dict[str, Array] | None]:
+        """What the network is conditioned on, and the same for nothing in particular where guidance needs it."""
+        wanted = network_inputs(self.manifest.parts[self.manifest.denoiser])
+        condition: dict[str, Array] = {}
+        empty: dict[str, Array] = {}
+        if prompts is not None and "encoder_hidden_states" in wanted:
+            states = self._encode(prompts)
+            condition["encoder_hidden_states"] = np.concatenate([states[p] for p in prompts])
+            if guided:
+                nothing = self._encode([negative or ""])[negative or ""]
+                empty["encoder_hidden_states"] = np.repeat(nothing, n, axis=0)
+        if labels is not None and "class_labels" in wanted:
+            condition["class_labels"] = np.asarray(labels, dtype=np.int64)
+            # the label after the last means "no class" (DiT, Peebles and Xie 2022, arXiv:2212.09748)
+            empty["class_labels"] = np.full(n, self.manifest.classes, dtype=np.int64)
+        return condition, empty if guided and empty else None
+
+    def _encode(self, prompts: Sequence[str]) -> dict[str, Array]:
+        """Each distinct prompt to float [1, tokens, features]."""
+        spec = self.manifest.tokenizer
+        assert spec is not None, "_subjects refuses prompts for bundles without a tokenizer"
+        if self._tokenizer is None:
+            start = time.perf_counter()
+            self._tokenizer = _open_tokenizer(self.bundle.file(spec.file), spec)
+            self._load_s += time.perf_counter() - start
+        part = self.manifest.parts["text_encoder"]
+        tokens = {prompt: self._tokenizer.encode(prompt) for prompt in prompts}
+        for prompt, token in tokens.items():
+            _check(
+                not token.truncated,
+                f"a prompt of {spec.max_length + token.truncated} tokens ({prompt[:40]!r}...)",
+                f"at most {spec.max_length} with begin and end marks",
+                f"shorten it by {token.truncated} tokens",
+            )
+        session = self._open("text_encoder")
+        name, out = part.inputs[0].name, part.outputs[0].name
+        dtype = part.inputs[0].dtype
+        return {p: session.run({name: t.ids[None].astype(dtype)}, [out])[out] for p, t in tokens.items()}
+
+
+def _open_tokenizer(path: Any, spec: Any) -> Any:
+    try:
+        return import_module(".backends.tokenizers", __package__).open_tokenizer(path, spec)
+    except ModuleNotFoundError as error:
+        if error.name != "tokenizers":
+            raise
+        raise MissingExtra.of("tokenizers", "onnx") from None
+
+
+def _to_pil(images: Array) -> list[Any]:
+    try:
+        to_image = import_module(".backends.PIL", __package__).to_image
+    except ModuleNotFoundError as error:
+        if error.name != "PIL":
+            raise
+        raise MissingExtra.of("pillow", "onnx") from None
+    return [to_image(pixels) for pixels in np.rint(images * 255).astype(np.uint8)]
+
+
+def _check(good: bool, found: str, expected: str, fix: str = "") -> None:
+    if not good:
+        raise BadInput(found, expected=expected, fix=fix)
