@@ -26,6 +26,15 @@ X86_FLAGS = (
 ARM_FLAGS = ("neon", "asimddp", "i8mm", "asimdhp", "bf16", "sve")
 """The instruction sets that decide which kernels an engine picks, as Linux names them."""
 
+APPLE = {
+    "neon": "",
+    "asimddp": "FEAT_DotProd",
+    "i8mm": "FEAT_I8MM",
+    "asimdhp": "FEAT_FP16",
+    "bf16": "FEAT_BF16",
+}
+"""The same flags as macOS names them."""
+
 LIBRARIES = (
     "numpy",
     "onnxruntime",
@@ -76,8 +85,12 @@ def cpu_model() -> str:
 
 
 def cpu_flags() -> dict[str, bool]:
-    """Which of its architecture's flags this processor has."""
+    """Which of its architecture's flags this processor has; empty where nothing tells."""
+    if sys.platform == "darwin" and platform.machine() == "arm64":
+        return {flag: not name or _sysctl(f"hw.optional.arm.{name}") == "1" for flag, name in APPLE.items()}
     info = _cpuinfo()
+    if not info:
+        return {}
     have = set((info.get("flags") or info.get("Features") or "").split())
     arm = platform.machine().lower() in ("arm64", "aarch64")
     if arm:

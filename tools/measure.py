@@ -46,7 +46,7 @@ class Samples:
     cold: list[dict[str, float]] = field(default_factory=list)
     """process: spawn to first image; import, open, image: the parts the child saw."""
     warm: dict[str, list[float]] = field(default_factory=dict)
-    """image, text, denoise, decode, core (processor time): one value an image; step: one a network call."""
+    """image, text, denoise, decode, core (processor time): one value an image; step: one a step."""
     load: float | None = None
     """Seconds the pipeline itself reports for loading its graphs."""
     peak_rss_bytes: list[int] = field(default_factory=list)

@@ -1,0 +1,76 @@
+"""`fewstep export`: a model becomes a bundle for a target."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..runtime.errors import MissingExtra
+from .console import Answer, human_bytes, track
+
+__all__ = ["add", "call"]
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a diffusers folder, a .safetensors file or a hub id")
+    parser.add_argument("--target", required=True, metavar="NAME", help="a device: see `fewstep targets`")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", type=Path, help="the bundle to write")
+    parser.add_argument("--steps", type=int, help="steps of the default plan")
+    parser.add_argument("--sampler", metavar="NAME", help="ddim, euler, heun, dpmpp_2m, lcm")
+    parser.add_argument(
+        "--recipe", metavar="FILE", type=Path, help="a TOML file instead of the target's recipe"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is already there")
+    parser.add_argument("--download", action="store_true", help="allow fetching a hub id")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing")
+
+
+def call(args: argparse.Namespace) -> Answer:
+    try:
+        from ..export import Exported, export_bundle
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("fewstep"):
+            raise
+        raise MissingExtra.of(error.name or "a library", "export") from None
+
+    events = export_bundle(
+        args.model,
+        args.target,
+        args.output,
+        steps=args.steps,
+        sampler=args.sampler,
+        recipe=args.recipe,
+        overwrite=args.overwrite,
+        dry_run=args.dry_run,
+        allow_download=args.download,
+    )
+    stages: list[dict[str, Any]] = []
+    done: Exported | None = None
+    for event in track(events, "export", _describe):
+        if isinstance(event, Exported):
+            done = event
+        else:
+            stages.append({"stage": event.stage, "note": event.note})
+    if args.dry_run or done is None:
+        lines = [f"{stage['stage']}: {stage['note']}".rstrip(": ") for stage in stages]
+        return Answer({"dry_run": True, "stages": stages}, "\n".join(["would do:", *lines]))
+
+    manifest = done.manifest
+    size = sum(spec.bytes for spec in manifest.files.values())
+    data = {
+        "bundle": str(done.path),
+        "name": manifest.name,
+        "target": args.target,
+        "bytes": size,
+        "parts": list(manifest.parts),
+        "quality": dict(manifest.quality),
+    }
+    return Answer(data, f"{done.path}: {manifest.name} for {args.target}, {human_bytes(size)}")
+
+
+def _describe(event: Any) -> tuple[float, str] | None:
+    fraction = getattr(event, "fraction", None)
+    if fraction is None:
+        return None
+    return fraction, f"{event.stage} {event.note}".strip()
