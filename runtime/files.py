@@ -19,7 +19,7 @@ from pathlib import Path
 
 from .errors import OutputError
 
-__all__ = ["atomic_write", "output_errors", "remove_stale", "sync_folder", "temporary_name"]
+__all__ = ["atomic_write", "output_errors", "remove_stale", "rename_folder", "sync_folder", "temporary_name"]
 
 _REMEDIES = {
     errno.ENOSPC: "free some space or write to another disk",
@@ -43,7 +43,7 @@ def output_error(error: OSError, path: Path, *, size: int | None = None) -> Outp
     """Say what an OSError means to the one who asked for `path`. `size`: bytes that had to fit, if known."""
     found = f"cannot write {path}: {(error.strerror or str(error)).lower()}"
     if size is not None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        found += f" ({size:,} bytes needed"
+        found += f" (at least {size:,} bytes needed"
         with suppress(OSError):
             folder = next(p for p in (path, *path.parents) if p.is_dir())
             found += f", {shutil.disk_usage(folder).free:,} free"
@@ -128,6 +128,39 @@ def _alive(pid: int) -> bool:
     except (PermissionError, OverflowError):
         return True  # someone else's, or a pid of a larger system: not ours to judge
     return True
+
+
+def rename_folder(folder: Path, dest: Path) -> None:
+    """Give `folder` the name `dest`; what was there gets the name `folder`, in one step where the system can."""
+    if not dest.exists() or not os.listdir(dest):
+        if os.name == "nt" and dest.exists():
+            dest.rmdir()  # POSIX rename replaces an empty folder by itself
+        os.rename(folder, dest)
+    elif not _exchange(folder, dest):
+        aside = folder.with_name(folder.name.replace(".tmp-", ".old-"))
+        os.rename(dest, aside)  # killed here: remove_stale puts it back
+        try:
+            os.rename(folder, dest)
+        except OSError:
+            os.rename(aside, dest)
+            raise
+        remove(aside)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names in one step (Linux renameat2, macOS renamex_np); False where the system cannot."""
+    import ctypes
+
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+        if sys.platform == "linux":
+            at_cwd, exchange = -100, 2  # linux/fcntl.h AT_FDCWD, linux/fs.h RENAME_EXCHANGE
+            return bool(library.renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0)
+        if sys.platform == "darwin":
+            return bool(library.renamex_np(os.fsencode(a), os.fsencode(b), 2) == 0)  # sys/stdio.h RENAME_SWAP
+    except (OSError, TypeError, AttributeError):  # no such library, or no such call in it
+        pass
+    return False
 
 
 def atomic_write(path: Path | str, data: bytes) -> None:

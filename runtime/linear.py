@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from .errors import NotLinear
 
@@ -31,7 +31,9 @@ class Linear:
             raise NotLinear("a sampler whose state is constant zero")
         order = "xdn"
         kept = {key: c for key, c in self._c.items() if c != 0.0} or dict(list(self._c.items())[:1])
-        return tuple((k, i, c) for (k, i), c in sorted(kept.items(), key=lambda e: (order.index(e[0][0]), e[0][1])))
+        return tuple(
+            (k, i, c) for (k, i), c in sorted(kept.items(), key=lambda e: (order.index(e[0][0]), e[0][1]))
+        )
 
     def become(self, atom: tuple[str, int]) -> None:
         """Stand for a value that has just been given a name of its own."""
@@ -39,7 +41,7 @@ class Linear:
 
     def __add__(self, other: Any) -> Linear:
         if not isinstance(other, Linear):
-            return _scalar_only("add", other)
+            _scalar_only("add", other)
         total = dict(self._c)
         for key, c in other._c.items():
             total[key] = total.get(key, 0.0) + c
@@ -47,7 +49,7 @@ class Linear:
 
     def __mul__(self, factor: Any) -> Linear:
         if isinstance(factor, Linear):
-            return _scalar_only("multiply", factor)
+            _scalar_only("multiply", factor)
         return Linear({key: c * float(factor) for key, c in self._c.items()})
 
     def __neg__(self) -> Linear:
@@ -58,13 +60,13 @@ class Linear:
 
     def __truediv__(self, divisor: Any) -> Linear:
         if isinstance(divisor, Linear):
-            return _scalar_only("divide by", divisor)
+            _scalar_only("divide by", divisor)
         return Linear({key: c / float(divisor) for key, c in self._c.items()})
 
     __rmul__ = __mul__
 
 
-def _scalar_only(verb: str, other: Any) -> Linear:
+def _scalar_only(verb: str, other: object) -> NoReturn:
     raise NotLinear(
         f"a sampler that wants to {verb} a {type(other).__name__}",
         expected="sums of samples and products with numbers",

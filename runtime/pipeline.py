@@ -7,8 +7,9 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from os import PathLike
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -61,8 +62,8 @@ Callback = Callable[["Pipeline", int, float, dict[str, Array]], Any]
 class Pipeline:
     """A bundle ready to draw. Parts are opened when first used; a context manager, or call `close`.
 
-        pipeline = Pipeline.from_pretrained("emoji-64-bundle")
-        pipeline("a rooster", num_inference_steps=20, seed=1).images[0].save("rooster.png")
+    pipeline = Pipeline.from_pretrained("emoji-64-bundle")
+    pipeline("a rooster", num_inference_steps=20, seed=1).images[0].save("rooster.png")
     """
 
     bundle: Bundle
@@ -76,7 +77,12 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | PathLike[str], *, low_memory: bool = False, threads: int | None = None, check: str = "hash"
+        cls,
+        path: str | PathLike[str],
+        *,
+        low_memory: bool = False,
+        threads: int | None = None,
+        check: Literal["hash", "size"] = "hash",
     ) -> Pipeline:
         """Open a bundle folder.
 
@@ -85,7 +91,7 @@ class Pipeline:
         Raises BundleError naming the file at fault.
         """
         start = time.perf_counter()
-        opened = cls(Bundle.open(path, check=check), low_memory, threads)
+        opened = cls(Bundle.open(Path(path), check=check), low_memory, threads)
         opened._load_s = time.perf_counter() - start
         return opened
 
@@ -183,7 +189,9 @@ class Pipeline:
         denoise_start = mark = time.perf_counter()
         step_s = []
         step = Step(0, latents, latents)
-        for step in table.run(denoise, table.start(latents), lambda: np.stack([s.randn(shape) for s in streams])):
+        for step in table.run(
+            denoise, table.start(latents), lambda: np.stack([s.randn(shape) for s in streams])
+        ):
             step_s.append(time.perf_counter() - mark)
             yield StepDone(step.index, table.states, table.calls[-1].timestep, step.x, step.x0)
             if self._stop:
@@ -195,7 +203,7 @@ class Pipeline:
 
         loaded_2 = self._load_s
         decode_start = time.perf_counter()
-        images = step.x if output_type == "latent" else self.decode(step.x)
+        images: Any = step.x if output_type == "latent" else self.decode(step.x)
         if output_type == "pil":
             images = _to_pil(images)
         self._release("vae_decoder")
@@ -234,7 +242,9 @@ class Pipeline:
             session = self._open("vae_decoder")
             latent = (x0 / sample.scaling_factor + sample.shift_factor).astype(spec.inputs[0].dtype)
             feed, out = spec.inputs[0].name, spec.outputs[0].name
-            x0 = np.concatenate([session.run({feed: latent[i : i + 1]}, [out])[out] for i in range(len(latent))])
+            x0 = np.concatenate(
+                [session.run({feed: latent[i : i + 1]}, [out])[out] for i in range(len(latent))]
+            )
         return np.clip(x0.transpose(0, 2, 3, 1).astype(np.float32) / 2 + 0.5, 0, 1)
 
     def interrupt(self) -> None:
@@ -282,9 +292,16 @@ class Pipeline:
         else:
             chosen = [labels] if isinstance(labels, int) else list(labels or [])
             good = bool(chosen) and all(type(label) is int and 0 <= label < classes for label in chosen)
-            _check(good, f"class labels {labels!r}", f"whole numbers from 0 to {classes - 1}", "pass --class-label 0")
+            _check(
+                good,
+                f"class labels {labels!r}",
+                f"whole numbers from 0 to {classes - 1}",
+                "pass --class-label 0",
+            )
         total = len(prompts or chosen or [0]) * per_prompt
-        _check(total <= MAX_IMAGES, f"{total} images in one call", f"at most {MAX_IMAGES}", "call once per batch")
+        _check(
+            total <= MAX_IMAGES, f"{total} images in one call", f"at most {MAX_IMAGES}", "call once per batch"
+        )
         return (
             [p for p in prompts for _ in range(per_prompt)] if prompts else None,
             [c for c in chosen for _ in range(per_prompt)] if chosen else None,
@@ -292,10 +309,16 @@ class Pipeline:
 
     def _guidance(self, scale: float | None) -> float:
         if self.manifest.guidance.kind == "none":
-            _check(scale in (None, 1, 1.0), f"guidance {scale!r} for a model without guidance", "1 or nothing")
+            _check(
+                scale in (None, 1, 1.0), f"guidance {scale!r} for a model without guidance", "1 or nothing"
+            )
             return 1.0
         scale = self.manifest.guidance.scale if scale is None else scale
-        _check(isinstance(scale, int | float) and bool(np.isfinite(scale)), f"guidance {scale!r}", "a finite number")
+        _check(
+            isinstance(scale, int | float) and bool(np.isfinite(scale)),
+            f"guidance {scale!r}",
+            "a finite number",
+        )
         return float(scale)
 
     def _shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
@@ -305,12 +328,25 @@ class Pipeline:
         if sample.fixed:
             only = f"{sample.width}x{sample.height}, the only size of this bundle"
             _check((height, width) == (sample.height, sample.width), size, only)
-        good = all(type(s) is int and s > 0 and s % sample.multiple == 0 and s <= MAX_SIDE for s in (height, width))
-        _check(good, size, f"multiples of {sample.multiple} up to {MAX_SIDE}", f"try {sample.width}x{sample.height}")
+        good = all(
+            type(s) is int and s > 0 and s % sample.multiple == 0 and s <= MAX_SIDE for s in (height, width)
+        )
+        _check(
+            good,
+            size,
+            f"multiples of {sample.multiple} up to {MAX_SIDE}",
+            f"try {sample.width}x{sample.height}",
+        )
         return (sample.channels, height // sample.factor, width // sample.factor)
 
     def _condition(
-        self, prompts: list[str] | None, negative: str | None, labels: list[int] | None, n: int, *, guided: bool
+        self,
+        prompts: list[str] | None,
+        negative: str | None,
+        labels: list[int] | None,
+        n: int,
+        *,
+        guided: bool,
     ) -> tuple[dict[str, Array], dict[str, Array] | None]:
         """What the network is conditioned on, and the same for nothing in particular where guidance needs it."""
         wanted = network_inputs(self.manifest.parts[self.manifest.denoiser])

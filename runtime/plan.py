@@ -92,18 +92,24 @@ class Plan:
     @property
     def noises(self) -> int:
         """How many fresh noises a run draws."""
-        return 1 + max((i for call in self.calls for kind, i, _ in call.next or () if kind == "n"), default=-1)
+        return 1 + max(
+            (i for call in self.calls for kind, i, _ in call.next or () if kind == "n"), default=-1
+        )
 
     @classmethod
     def trace(
-        cls, sampler: Sampler, process: Process, times: ArrayLike, *, prediction: str = "epsilon", name: str = ""
+        cls, sampler: Sampler, process: Process, times: ArrayLike, *, prediction: str = "", name: str = ""
     ) -> Plan:
         """Run a sampler once on symbols and write down what it does.
 
-        times  [steps + 1], strictly decreasing within the process's [0, t_max]
+        times       [steps + 1], strictly decreasing within the process's [0, t_max]
+        prediction  what the network outputs; empty for the usual one: epsilon (discrete), edm, flow
         Raises PlanError for times out of order, NotLinear when the sampler does something no table can express.
         """
         times = check_times(np.asarray(times, dtype=np.float64), process)
+        prediction = prediction or {"edm": "edm", "rectified_flow": "flow"}.get(
+            process.to_json()["kind"], "epsilon"
+        )
         rows: list[dict[str, Any]] = []
         drawn = 0
 
@@ -246,7 +252,9 @@ class Plan:
             calls.append(_call(row, k, states))
             states += calls[-1].next is not None
         if calls[-1].next is None:
-            raise PlanError("a plan whose last call leads to no state", expected="a next state in the last row")
+            raise PlanError(
+                "a plan whose last call leads to no state", expected="a next state in the last row"
+            )
         start = _number(data["init_scale"], "init_scale")
         return cls(data["sampler"], data["steps"], data["prediction"], start, tuple(calls))
 
@@ -257,13 +265,14 @@ def plan(
     process: Process,
     times: str | ArrayLike = "auto",
     *,
-    prediction: str = "epsilon",
+    prediction: str = "",
     grid: GridSpec = GridSpec(),  # noqa: B008
 ) -> Plan:
     """Compile a sampler to a table.
 
     sampler  a name from SAMPLERS, or a function of their signature (functools.partial sets options such as eta)
     times    "auto", the name of a grid (times.GRIDS), or [steps + 1] decreasing process times
+    prediction  what the network outputs, as in Plan.trace
     grid     how a discrete model's own scheduler spaces its times
     Raises PlanError for an unknown name, steps outside 1 to 1000, or times out of order.
     """
@@ -281,7 +290,9 @@ def plan(
     return Plan.trace(sampler, process, times, prediction=prediction, name=name)
 
 
-def x0_conversion(prediction: str, alpha: float, sigma: float, sigma_data: float = 0.5) -> tuple[float, float]:
+def x0_conversion(
+    prediction: str, alpha: float, sigma: float, sigma_data: float = 0.5
+) -> tuple[float, float]:
     """(a, b) with x0 = a x + b output, for x = alpha x0 + sigma noise.
 
     epsilon: the noise. v_prediction: alpha noise - sigma x0 (Salimans and Ho 2022, arXiv:2202.00512). sample: x0.
@@ -292,7 +303,9 @@ def x0_conversion(prediction: str, alpha: float, sigma: float, sigma_data: float
         case "epsilon" if alpha > 0:
             return 1 / alpha, -sigma / alpha
         case "epsilon":
-            raise PlanError("epsilon prediction at a time where alpha is 0", fix="use v_prediction or skip that time")
+            raise PlanError(
+                "epsilon prediction at a time where alpha is 0", fix="use v_prediction or skip that time"
+            )
         case "v_prediction":
             total = alpha**2 + sigma**2
             return alpha / total, -sigma / total

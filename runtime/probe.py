@@ -36,11 +36,15 @@ def probe(scheduler: Any, steps: int, options: Mapping[str, Any]) -> Plan:
     if not (hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step") and "torch" in sys.modules):
         raise NotLinear(f"{name}", expected="a diffusers scheduler with set_timesteps and step")
     if "Brownian" in str(vars(sys.modules[type(scheduler).__module__]).keys()):
-        raise NotLinear(f"{name} draws correlated noise (a Brownian tree)", expected="independent noise at each step")
+        raise NotLinear(
+            f"{name} draws correlated noise (a Brownian tree)", expected="independent noise at each step"
+        )
     try:
         plan, timesteps = _read(_fresh(scheduler, steps, options), steps)
         # the larger size is beyond what clipping schedulers leave alone
-        error = max(_disagreement(plan, _fresh(scheduler, steps, options), timesteps, size) for size in (1.0, 30.0))
+        error = max(
+            _disagreement(plan, _fresh(scheduler, steps, options), timesteps, size) for size in (1.0, 30.0)
+        )
     except PlanError:
         raise
     except Exception as problem:  # whatever third-party code does on input it was not written for
@@ -73,7 +77,9 @@ def _read(scheduler: Any, steps: int) -> tuple[Plan, list[Any]]:
     with _noise(scheduler, unit.noise):
         for k, timestep in enumerate(timesteps):
             x, output = unit("x", k), unit("o", k)
-            scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
+            scaled = (
+                scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
+            )
             scale = float(scaled.flatten()[unit.place("x", k)])
             converted = _converted(scheduler, output, x)
             sigma = _sigma(scheduler, timestep)
@@ -122,7 +128,9 @@ class _Units:
             d[j] = o[j] / b
             x[j] -= d[j] * a
         small = NEGLIGIBLE * max(np.abs(x).max(), np.abs(d).max(), np.abs(noise).max())
-        found = [(kind, j, float(c)) for kind, cs in (("x", x), ("d", d), ("n", noise)) for j, c in enumerate(cs)]
+        found = [
+            (kind, j, float(c)) for kind, cs in (("x", x), ("d", d), ("n", noise)) for j, c in enumerate(cs)
+        ]
         kept = tuple(term for term in found if abs(term[2]) > small)
         return kept or (("x", 0, 0.0),)
 
@@ -162,7 +170,14 @@ def _converted(scheduler: Any, output: Any, x: Any) -> Any:
 
 
 def _conversion(
-    scheduler: Any, unit: _Units, k: int, guess: Any, converted: Any, scale: float, sigma: float | None, timestep: float
+    scheduler: Any,
+    unit: _Units,
+    k: int,
+    guess: Any,
+    converted: Any,
+    scale: float,
+    sigma: float | None,
+    timestep: float,
 ) -> tuple[float, float]:
     """(a, b) of x0 = a x + b output, exactly as the scheduler has it if it says so."""
     for candidate in (guess, converted):

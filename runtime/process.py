@@ -96,7 +96,7 @@ class DiscreteVP:
 
     def log_alpha(self, t: ArrayLike) -> Array:
         knots = np.concatenate([[0.0], 0.5 * np.log(np.maximum(self.alphas_cumprod, 1e-300))])
-        return np.asarray(np.interp(t, np.arange(len(knots)), knots))
+        return np.asarray(np.interp(np.asarray(t, dtype=np.float64), np.arange(len(knots)), knots))
 
     def alpha(self, t: ArrayLike) -> Array:
         return np.asarray(np.exp(self.log_alpha(t)))
@@ -212,5 +212,7 @@ def process_from_json(data: Mapping[str, Any]) -> Process:
             case "rectified_flow":
                 return RectifiedFlow(**fields)
     except (KeyError, TypeError) as error:
-        raise BadInput(f"process {data.get('kind')!r} with fields {sorted(fields)}", expected=str(error)) from None
+        raise BadInput(
+            f"process {data.get('kind')!r} with fields {sorted(fields)}", expected=str(error)
+        ) from None
     raise BadInput(f"process kind {data.get('kind')!r}", expected="discrete_vp, edm or rectified_flow")

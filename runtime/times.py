@@ -18,7 +18,9 @@ MAX_STEPS = 1000
 
 def check_steps(steps: int) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
-        raise PlanError(f"{steps!r} steps", expected=f"a whole number from 1 to {MAX_STEPS}", fix="try --steps 20")
+        raise PlanError(
+            f"{steps!r} steps", expected=f"a whole number from 1 to {MAX_STEPS}", fix="try --steps 20"
+        )
 
 
 def make_times(name: str, steps: int, process: Process, grid: GridSpec = GridSpec()) -> Array:  # noqa: B008
@@ -29,14 +31,18 @@ def make_times(name: str, steps: int, process: Process, grid: GridSpec = GridSpe
     """
     check_steps(steps)
     if name == "auto":
-        name = grid.spacing if isinstance(process, DiscreteVP) else "linspace" if _is_flow(process) else "karras"
+        name = (
+            grid.spacing if isinstance(process, DiscreteVP) else "linspace" if _is_flow(process) else "karras"
+        )
     if name not in GRIDS:
         raise PlanError(f"time grid {name!r}", expected=f"auto, {', '.join(GRIDS)}, or an array of times")
     times = GRIDS[name](steps, process, grid)
     end = 1.0 if grid.final == "first" and isinstance(process, DiscreteVP) else 0.0
     times = np.append(times, end)
     if len(times) > 2 and times[-2] == end == 1.0:
-        times[-1] = 0.0  # the grid's own last level is already the first trained one: only clean is left below it
+        times[-1] = (
+            0.0  # the grid's own last level is already the first trained one: only clean is left below it
+        )
     return check_times(times, process)
 
 
@@ -52,7 +58,9 @@ def check_times(times: Array, process: Process) -> Array:
             fix="use fewer steps or another time grid",
         )
     if times[0] > process.t_max * (1 + 1e-9) or times[-1] < 0:
-        raise PlanError(f"times from {times[0]:g} to {times[-1]:g}", expected=f"times within 0 and {process.t_max:g}")
+        raise PlanError(
+            f"times from {times[0]:g} to {times[-1]:g}", expected=f"times within 0 and {process.t_max:g}"
+        )
     return times
 
 
@@ -80,7 +88,9 @@ def linspace(steps: int, process: Process, grid: GridSpec) -> Array:
 def karras(steps: int, process: Process, grid: GridSpec) -> Array:
     """sigma/alpha even after the rho-th root, rho = 7. Karras et al. 2022, equation 5 <arXiv:2206.00364>."""
     if _is_flow(process):
-        raise PlanError("time grid 'karras' for rectified flow", expected="a process whose alpha stays above 0")
+        raise PlanError(
+            "time grid 'karras' for rectified flow", expected="a process whose alpha stays above 0"
+        )
     rho = 7.0
     low, high = np.exp(-log_snr(process, np.array([_t_min(process), process.t_max])))
     ramp = np.linspace(high ** (1 / rho), low ** (1 / rho), steps) ** rho
@@ -90,7 +100,9 @@ def karras(steps: int, process: Process, grid: GridSpec) -> Array:
 def log_snr_even(steps: int, process: Process, grid: GridSpec) -> Array:
     """Even in log(alpha / sigma). Lu et al. 2022, section 3.3 <arXiv:2206.00927>."""
     if _is_flow(process):
-        raise PlanError("time grid 'logsnr' for rectified flow", expected="a process whose alpha stays above 0")
+        raise PlanError(
+            "time grid 'logsnr' for rectified flow", expected="a process whose alpha stays above 0"
+        )
     low, high = log_snr(process, np.array([process.t_max, _t_min(process)]))
     return np.asarray(np.minimum(process.t_of_lam(np.linspace(low, high, steps)), process.t_max))
 
@@ -100,7 +112,9 @@ def lcm_times(steps: int, process: Process, grid: GridSpec) -> Array:
     if not isinstance(process, DiscreteVP):
         raise PlanError("time grid 'lcm' for a continuous process", expected="a discrete model")
     if steps > 50:
-        raise PlanError(f"{steps} steps on the lcm grid", expected="at most 50, the levels LCMs are distilled on")
+        raise PlanError(
+            f"{steps} steps on the lcm grid", expected="at most 50, the levels LCMs are distilled on"
+        )
     levels = np.arange(1, 51)[::-1] * (process.t_max // 50)
     return np.asarray(levels[np.floor(np.linspace(0, 50, steps, endpoint=False)).astype(int)])
 

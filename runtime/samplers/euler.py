@@ -50,5 +50,3 @@ def heun(denoise: Denoise, process: Process, x: Array, times: Array, noise: Nois
             y_next = y + (c[i + 1] - c[i]) * (0.5 * d + 0.5 * d_next)
         x = s[i + 1] * y_next
         yield Step(i, x, x0)
-
-

@@ -1,0 +1,312 @@
+"""A bundle on disk: a folder with manifest.json and the files it lists, nothing else. spec/bundle.md is the format.
+
+Reading refuses what is not exactly that; writing leaves a whole bundle or none.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from .errors import BundleError, OutputError
+from .files import (
+    output_error,
+    output_errors,
+    remove,
+    remove_stale,
+    rename_folder,
+    sync_folder,
+    temporary_name,
+)
+from .graphfile import check_graph
+from .manifest import NAME, VERSION_KEY, FileSpec, Manifest
+from .strictjson import MAX_BYTES, loads
+
+__all__ = ["Bundle", "BundleWriter"]
+
+MAX_FILES = 10_000
+"""A bundle has tens of files; beyond this a folder is not walked further."""
+
+AGAIN = "download or export the bundle again"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle whose files were checked."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: Path | str, check: Literal["hash", "size"] = "hash") -> Bundle:
+        """Read and check the bundle in folder `path`.
+
+        check  "hash": every byte is hashed and every graph goes through `check_graphs`; for a bundle that has just
+               arrived. "size": names, kinds and sizes of files only; for one this machine has checked before.
+        Raises BundleError naming the file at fault and the remedy.
+        """
+        path = Path(path)
+        folder = Path(os.path.abspath(path))
+        if not (folder / NAME).exists():
+            raise _not_a_bundle(path)
+        raw = b"".join(_read(folder, NAME, MAX_BYTES))
+        manifest = Manifest.from_json(raw)
+        found = set(_walk(folder))
+        for name in sorted(manifest.files.keys() - found):
+            raise BundleError(f"{path}: {name} is missing", fix=AGAIN)
+        for name in sorted(found - manifest.files.keys() - {NAME}):
+            raise BundleError(f"{path}: {name!r} is not listed in {NAME}", fix="delete it, or " + AGAIN)
+        for name, spec in manifest.files.items():
+            digest = hashlib.sha256()
+            size = 0
+            for block in _read(folder, name, spec.bytes, exact=True, content=check == "hash"):
+                digest.update(block)
+                size += len(block)
+            if check == "hash" and (size != spec.bytes or digest.hexdigest() != spec.sha256):
+                raise BundleError(
+                    f"{path}: {name} has been changed or damaged: its sha256 is {digest.hexdigest()}",
+                    expected=spec.sha256,
+                    fix=AGAIN,
+                )
+        bundle = cls(folder, manifest)
+        if check == "hash":
+            bundle.check_graphs()
+        return bundle
+
+    def file(self, name: str) -> Path:
+        """The full path of a listed file. Raises BundleError for any other name."""
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path}: {name[:80]!r} is not listed in {NAME}", fix=AGAIN)
+        return self.path / name
+
+    def check_graphs(self) -> None:
+        """Pass every ONNX graph through the gate of graphfile.py before an engine parses it. Raises BundleError."""
+        for graph in sorted({part.graph for part in self.manifest.parts.values()}):
+            if graph.endswith(".onnx"):
+                folder = graph.rpartition("/")[0]
+                beside = {
+                    name.rpartition("/")[2]
+                    for name in self.manifest.files
+                    if name.rpartition("/")[0] == folder
+                }
+                check_graph(self.file(graph), beside - {graph.rpartition("/")[2]})
+
+
+def _not_a_bundle(path: Path) -> BundleError:
+    """Say what `path` is instead of a bundle, and what to do with that."""
+    if not path.exists():
+        return BundleError(f"{path} does not exist", expected="the folder of a bundle", fix="check the path")
+    if not path.is_dir():
+        return BundleError(
+            f"{path} is a file", expected="the folder of a bundle", fix="unpack it, or export it"
+        )
+    names = sorted(os.listdir(path))
+    if "model_index.json" in names:
+        fix = f"run fewstep export {path}"
+        return BundleError(f"{path} is a diffusers checkpoint, not a bundle: it has no {NAME}", fix=fix)
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return BundleError(
+        f"{path} has no {NAME}, only: {shown or 'nothing'}", fix="run fewstep export to make a bundle"
+    )
+
+
+def _walk(folder: Path, prefix: str = "", depth: int = 0) -> Iterator[str]:
+    """Names of everything in `folder` that is not a real folder, relative and with forward slashes."""
+    count = 0
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            count += 1
+            if count > MAX_FILES or depth > 16:  # deeper than any path the manifest could list usefully
+                raise BundleError(f"{folder} holds too many files or folders", expected="a bundle", fix=AGAIN)
+            if entry.is_symlink():
+                raise _link(Path(entry.path))
+            if entry.is_dir(follow_symlinks=False):
+                inside = list(_walk(Path(entry.path), f"{prefix}{entry.name}/", depth + 1))
+                if not inside:
+                    raise BundleError(f"{prefix}{entry.name} is an empty folder", fix="delete it")
+                yield from inside
+            else:
+                yield prefix + entry.name
+
+
+def _link(path: Path) -> BundleError:
+    return BundleError(f"{path} is a symbolic link", expected="a plain file", fix="put the file itself there")
+
+
+def _read(
+    folder: Path, name: str, size: int, *, exact: bool = False, content: bool = True
+) -> Iterator[bytes]:
+    """The bytes of one file of a bundle, after checking what the opened file, not its name, is.
+
+    size   bytes it must have (`exact`) or may have at most
+    Raises BundleError for a link, a hard link, anything that is not a plain file, and another size.
+    """
+    path = folder / name
+    flags = (
+        os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    )
+    try:
+        if path.is_symlink():  # O_NOFOLLOW says the same, but Windows has none
+            raise OSError(errno.ELOOP, "symlink")
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _link(path) from None
+        raise BundleError(
+            f"{path} cannot be opened ({error.strerror})", fix="check its permissions"
+        ) from None
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        info = os.fstat(descriptor)
+        if not stat.S_ISREG(info.st_mode):
+            raise BundleError(f"{path} is a folder or a device", expected="a plain file", fix=AGAIN)
+        if info.st_nlink > 1:
+            raise BundleError(
+                f"{path} is a hard link: {info.st_nlink} names lead to this file",
+                expected="a file of its own",
+                fix="copy the bundle (cp -r) and open the copy",
+            )
+        if info.st_size != size if exact else info.st_size > size:
+            expected = f"{size:,}" if exact else f"at most {size:,}"
+            raise BundleError(f"{path} has {info.st_size:,} bytes", expected=expected, fix=AGAIN)
+        left = (
+            size + 1 if content else 0
+        )  # one more than allowed, to notice a file that grows while it is read
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            left -= len(block)
+            yield block
+
+
+class BundleWriter:
+    """Write a bundle completely or not at all.
+
+    with BundleWriter(dest) as writer:
+        ...  # put files into writer.folder
+        writer.commit(manifest)  # hashes them, lists them and gives the folder its name
+
+    `folder` lies beside `dest`, on the same file system, as .NAME.tmp-PID-RANDOM. Leaving the block in any way without
+    a commit removes it; what a killed process left is removed by the next writer to the same place.
+    """
+
+    def __init__(self, dest: Path | str, overwrite: bool = False, *, size: int | None = None) -> None:
+        """dest       the folder to be: new, empty, or with `overwrite` a fewstep bundle to replace
+        size       bytes the bundle will take, where known: checked against the free space before any work
+        """
+        self.dest = Path(os.path.abspath(dest))
+        self.overwrite = overwrite
+        self.size = size
+        self.folder = self.dest  # until __enter__
+
+    def __enter__(self) -> BundleWriter:
+        """Raises OutputError if the bundle could not be put there in the end."""
+        remove_stale(self.dest)
+        with output_errors(self.dest, size=self.size):
+            self.dest.parent.mkdir(parents=True, exist_ok=True)
+            self._check_dest()
+            if self.size is not None and self.size > shutil.disk_usage(self.dest.parent).free:
+                raise OSError(errno.ENOSPC, "not enough space on this disk")
+            folder = temporary_name(self.dest)
+            folder.mkdir()
+        self.folder = folder
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.folder == self.dest:
+            return  # committed
+        written = sum(_size(self.folder / name) for name in _walk_quietly(self.folder))
+        remove(self.folder)
+        full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+        if isinstance(error, OSError) and not isinstance(error, OutputError) and error.errno in full:
+            # whoever filled the folder ran out of space: say so in our words
+            raise output_error(error, self.dest, size=self.size or written) from error
+
+    def commit(self, manifest: Manifest) -> Path:
+        """List and hash the files in `folder`, write manifest.json, rename to `dest` and return it.
+
+        `manifest.files` is filled in here. Raises BundleError for a manifest or files that `Bundle.open` would refuse
+        and OutputError where the disk does; nothing stays behind then.
+        """
+        assert self.folder != self.dest, "commit once, inside the with block"
+        with output_errors(self.dest, size=self.size):
+            files = {name: _hashed(self.folder, name) for name in sorted(_walk(self.folder))}
+            manifest = replace(manifest, files=files)
+            text = manifest.to_json().encode()
+            Manifest.from_json(text)
+            written = sum(file.bytes for file in files.values()) + len(text)
+        with output_errors(self.dest, size=written):
+            with open(self.folder / NAME, "xb") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            for folder in {(self.folder / name).parent for name in files} | {self.folder}:
+                sync_folder(folder)
+            self._check_dest()
+            rename_folder(self.folder, self.dest)
+            remove(self.folder)  # where the old bundle is now, if there was one
+            self.folder = self.dest
+            sync_folder(self.dest.parent)
+        return self.dest
+
+    def _check_dest(self) -> None:
+        """Raise OutputError unless `dest` is free, an empty folder, or a bundle that may be overwritten."""
+        if not os.path.lexists(self.dest):
+            return
+        if self.dest.is_symlink() or not self.dest.is_dir():
+            raise OutputError(f"{self.dest} exists and is no folder", fix="pick another path")
+        if not os.listdir(self.dest):
+            return
+        if not _is_bundle(self.dest):
+            raise OutputError(
+                f"{self.dest} exists and is not a fewstep bundle",
+                fix="pick a path that does not exist, or empty it",
+            )
+        if not self.overwrite:
+            raise OutputError(
+                f"{self.dest} exists", fix="pick another path, or ask for overwriting (--overwrite)"
+            )
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Whether the folder's manifest says it is ours, of whatever version."""
+    try:
+        data = loads(b"".join(_read(folder, NAME, MAX_BYTES)), NAME)
+    except BundleError:
+        return False
+    return isinstance(data, dict) and VERSION_KEY in data
+
+
+def _hashed(folder: Path, name: str) -> FileSpec:
+    """Flush one file of the new bundle to the disk, then hash it as a reader will."""
+    path = folder / name
+    if name == NAME:
+        raise BundleError(f"{path} is in the way", fix=f"leave {NAME} to commit()")
+    if path.is_file() and not path.is_symlink():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    size = path.lstat().st_size
+    digest = hashlib.sha256()
+    for block in _read(folder, name, size, exact=True):
+        digest.update(block)
+    return FileSpec(digest.hexdigest(), size)
+
+
+def _walk_quietly(folder: Path) -> list[str]:
+    with suppress(OSError, BundleError):
+        return list(_walk(folder))
+    return []
+
+
+def _size(path: Path) -> int:
+    with suppress(OSError):
+        return path.lstat().st_size
+    return 0

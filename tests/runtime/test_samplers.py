@@ -1,0 +1,132 @@
+"""Samplers on data whose ideal denoiser is known, so that every error is the sampler's own."""
+
+import numpy as np
+import pytest
+
+from fewstep.runtime import EDM, SAMPLERS, DiscreteVP, RectifiedFlow, plan
+from fewstep.runtime.errors import PlanError
+from fewstep.runtime.process import lam
+from fewstep.runtime.times import GRIDS, make_times
+
+SD15 = DiscreteVP.from_schedule("scaled_linear", 0.00085, 0.012, 1000)
+SPREAD = 0.6
+"""Standard deviation of the Gaussian data."""
+
+
+def gaussian(process):
+    """The ideal denoiser of N(0, SPREAD^2) data and the exact flow map from one time to another."""
+
+    def denoise(x, t):
+        alpha, sigma = process.alpha(t), process.sigma(t)
+        return x * alpha * SPREAD**2 / (alpha**2 * SPREAD**2 + sigma**2)
+
+    def scale(t):
+        return np.sqrt(process.alpha(t) ** 2 * SPREAD**2 + process.sigma(t) ** 2)
+
+    return denoise, lambda x, t0, t1: x * scale(t1) / scale(t0)
+
+
+def order(sampler, process, times_of):
+    denoise, exact = gaussian(process)
+    errors = []
+    for steps in (160, 320):
+        times = times_of(steps)
+        *_, last = plan(sampler, steps, process, times).run(denoise, np.array([1.0]))
+        errors.append(abs(float((last.x - exact(1.0, times[0], times[-1]))[0])))
+    return np.log2(errors[0] / errors[1])
+
+
+def even_in_lam(process, low, high):
+    ends = lam(process, np.array([high, low]))
+    return lambda steps: process.t_of_lam(np.linspace(*ends, steps + 1))
+
+
+@pytest.mark.parametrize(("sampler", "expected"), [("ddim", 1), ("euler", 1), ("heun", 2), ("dpmpp_2m", 2)])
+@pytest.mark.parametrize(
+    ("process", "low", "high"), [(EDM(), 0.05, 20.0), (RectifiedFlow(), 0.05, 0.95)], ids=["edm", "flow"]
+)
+def test_order_of_accuracy(sampler, expected, process, low, high):
+    assert order(sampler, process, even_in_lam(process, low, high)) == pytest.approx(expected, abs=0.1)
+
+
+def test_samplers_agree_on_the_clean_sample_of_a_point():
+    """Data at one point: the ideal denoiser is that point, and every sampler must end there exactly."""
+    point = np.array([[0.3, -1.2]])
+    for name in SAMPLERS:
+        table = plan(name, 5, SD15)
+        *_, last = table.run(lambda x, t: point, np.ones((1, 2)), lambda: np.ones((1, 2)))
+        np.testing.assert_allclose(
+            last.x, point, rtol=1e-6, err_msg=name
+        )  # lcm keeps 3e-6 of x at the first level
+
+
+def test_euler_is_ddim_without_noise():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 3))
+    for process in (SD15, RectifiedFlow(), EDM()):
+        ends = [
+            [s.x for s in plan(name, 7, process).run(lambda x, t: np.tanh(x), x)][-1]
+            for name in ("ddim", "euler")
+        ]
+        np.testing.assert_allclose(*ends, rtol=1e-9)
+
+
+def test_ancestral_ddim_keeps_the_marginal_variance():
+    """eta = 1 on Gaussian data: the variance after every step is the forward process's, up to discretisation."""
+    from functools import partial
+
+    from fewstep.runtime.samplers import ddim
+
+    rng = np.random.default_rng(1)
+    denoise, _ = gaussian(SD15)
+    x = rng.standard_normal(20_000)
+    table = plan(partial(ddim, eta=1.0), 1000, SD15)
+    assert table.noises == 999
+    *_, last = table.run(denoise, x, lambda: rng.standard_normal(20_000))
+    assert last.x.std() == pytest.approx(SPREAD, rel=0.02)
+
+
+@pytest.mark.parametrize("process", [SD15, EDM(), RectifiedFlow()], ids=["vp", "edm", "flow"])
+@pytest.mark.parametrize("name", ["auto", *GRIDS])
+def test_grids_fall_from_noise_to_clean(process, name):
+    flow_has_none = name in ("karras", "logsnr") and isinstance(process, RectifiedFlow)
+    if flow_has_none or (name == "lcm" and process is not SD15):
+        with pytest.raises(PlanError, match="lcm|karras|logsnr"):
+            make_times(name, 10, process)
+        return
+    times = make_times(name, 10, process)
+    assert len(times) == 11
+    assert times[-1] == 0
+    assert np.all(np.diff(times) < 0)
+    assert times[0] <= process.t_max
+
+
+def test_discrete_grids_land_on_trained_levels():
+    for name in ("trailing", "leading", "lcm"):
+        times = make_times(name, 7, SD15)
+        np.testing.assert_array_equal(times, np.round(times))
+
+
+def test_a_thousand_steps_visit_every_level():
+    np.testing.assert_array_equal(make_times("trailing", 1000, SD15), np.arange(1000, -1, -1))
+
+
+@pytest.mark.parametrize("steps", [0, -1, 10**6, 2.5, True, "20"])
+def test_steps_out_of_range_are_refused(steps):
+    with pytest.raises(PlanError, match="1 to 1000"):
+        plan("ddim", steps, SD15)
+
+
+def test_an_unknown_sampler_names_the_known_ones():
+    with pytest.raises(PlanError, match="ddim, dpmpp_2m, euler, heun, lcm"):
+        plan("ddjm", 5, SD15)
+
+
+def test_times_that_rise_are_refused():
+    with pytest.raises(PlanError, match="repeat or rise"):
+        plan("ddim", 2, SD15, [500.0, 600.0, 0.0])
+
+
+def test_the_number_of_times_must_fit_the_steps():
+    with pytest.raises(PlanError, match="4 times"):
+        plan("ddim", 3, SD15, [900.0, 0.0])
