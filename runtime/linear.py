@@ -53,10 +53,12 @@ class Linear:
         return Linear({key: c * float(factor) for key, c in self._c.items()})
 
     def __neg__(self) -> Linear:
-        return self * -1.0
+        return Linear({key: -c for key, c in self._c.items()})
 
     def __sub__(self, other: Any) -> Linear:
-        return self + (-other)
+        if not isinstance(other, Linear):
+            _scalar_only("subtract", other)
+        return self + -other
 
     def __truediv__(self, divisor: Any) -> Linear:
         if isinstance(divisor, Linear):
