@@ -1,6 +1,6 @@
-"""A bundle on disk: a folder with manifest.json and the files it lists, nothing else. spec/bundle.md is the format.
+"""A bundle on disk: a folder with manifest.json and the files it lists, nothing else.
 
-Reading refuses what is not exactly that; writing leaves a whole bundle or none.
+spec/bundle.md is the format. Reading refuses what is not exactly that; writing leaves a whole bundle or none.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Bundle:
     def open(cls, path: Path | str, check: Literal["hash", "size"] = "hash") -> Bundle:
         """Read and check the bundle in folder `path`.
 
-        check  "hash": every byte is hashed and every graph goes through `check_graphs`; for a bundle that has just
-               arrived. "size": names, kinds and sizes of files only; for one this machine has checked before.
+        check  "hash": every byte is hashed and every graph goes through `check_graphs`, for a bundle that has
+               just arrived. "size": only names, kinds and sizes, for one this machine has checked before.
         Raises BundleError naming the file at fault and the remedy.
         """
         path = Path(path)
@@ -89,7 +89,7 @@ class Bundle:
         return self.path / name
 
     def check_graphs(self) -> None:
-        """Pass every ONNX graph through the gate of graphfile.py before an engine parses it. Raises BundleError."""
+        """Pass every ONNX graph through the gate of graphfile.py. Raises BundleError."""
         for graph in sorted({part.graph for part in self.manifest.parts.values()}):
             if graph.endswith(".onnx"):
                 folder = graph.rpartition("/")[0]
@@ -192,8 +192,8 @@ class BundleWriter:
         ...  # put files into writer.folder
         writer.commit(manifest)  # hashes them, lists them and gives the folder its name
 
-    `folder` lies beside `dest`, on the same file system, as .NAME.tmp-PID-RANDOM. Leaving the block in any way without
-    a commit removes it; what a killed process left is removed by the next writer to the same place.
+    `folder` lies beside `dest`, on the same file system, as .NAME.tmp-PID-RANDOM. Leaving the block in any way
+    without a commit removes it; what a killed process left is removed by the next writer to the same place.
     """
 
     def __init__(self, dest: Path | str, overwrite: bool = False, *, size: int | None = None) -> None:
@@ -233,8 +233,8 @@ class BundleWriter:
     def commit(self, manifest: Manifest) -> Path:
         """List and hash the files in `folder`, write manifest.json, rename to `dest` and return it.
 
-        `manifest.files` is filled in here. Raises BundleError for a manifest or files that `Bundle.open` would refuse
-        and OutputError where the disk does; nothing stays behind then.
+        `manifest.files` is filled in here. Raises BundleError for what `Bundle.open` would refuse, OutputError
+        where the disk refuses; nothing stays behind then.
         """
         assert self.folder != self.dest, "commit once, inside the with block"
         with output_errors(self.dest, size=self.size):

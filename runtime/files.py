@@ -131,7 +131,7 @@ def _alive(pid: int) -> bool:
 
 
 def rename_folder(folder: Path, dest: Path) -> None:
-    """Give `folder` the name `dest`; what was there gets the name `folder`, in one step where the system can."""
+    """Give `folder` the name `dest`; what was there ends up as `folder`, in one step where the system can."""
     if not dest.exists() or not os.listdir(dest):
         if os.name == "nt" and dest.exists():
             dest.rmdir()  # POSIX rename replaces an empty folder by itself

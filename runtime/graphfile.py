@@ -1,8 +1,9 @@
 """A gate for ONNX files: what a stranger's graph must be before a native parser sees a byte of it.
 
-Only the structure is read, through a memory map: weights are skipped, whatever their size. The field numbers are those
-of onnx.proto (ONNX 1.23). Measured reasons are in spec/bundle.md: a loop hangs an engine, an odd `location` crashes
-one, a hard link or `..` reads files outside the bundle, a huge shape asks for memory that is not there.
+Only the structure is read, through a memory map: weights are skipped, whatever their size. The field numbers
+are those of onnx.proto (ONNX 1.23). Each rule stands against something measured (spec/bundle.md): a loop hangs
+an engine, an odd `location` crashes one, a hard link or `..` reads files outside the bundle, a huge shape asks
+for memory that is not there.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ MAX_FILE = 2**31 - 1
 MAX_DIMS = 32
 MAX_NODES = 1_000_000
 
-# TensorProto.DataType -> bits of one element. Strings, complex numbers and 6-bit floats have no place in a model here.
+# TensorProto.DataType -> bits of one element; strings, complex numbers and 6-bit floats have no place here
 BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16}
 BITS |= {17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2, 26: 2}
 # the typed list that may hold a type, when the values are not raw bytes
@@ -52,7 +53,8 @@ NODE = message(
     "3L:name 4L:op_type 6L:doc_string 7L:domain 8L:overload", "1L:input 2L:output 5L:attribute 9L:metadata"
 )
 ATTRIBUTE = message(
-    "1L:name 13L:doc_string 20V:type 2F:f 3V:i 4L:s 5L:tensor 6L:graph 22L:sparse 14L:type_proto 21L:reference",
+    "1L:name 13L:doc_string 20V:type 2F:f 3V:i 4L:s 5L:tensor 6L:graph 22L:sparse 14L:type_proto "
+    "21L:reference",
     "7F:floats 7L:floats 8V:ints 8L:ints 9L:strings 10L:tensor 11L:graph 23L:sparse 15L:type_proto",
 )
 TENSOR = message(
@@ -82,9 +84,9 @@ class _File:
 
 
 def check_graph(path: Path | str, data_files: set[str]) -> None:
-    """Refuse an ONNX file that is damaged, or that would make an engine read, compute or allocate what it must not.
+    """Refuse an ONNX file that is damaged, or would make an engine read, compute or allocate what it must not.
 
-    data_files  names of the files beside it in which its external data may lie; a graph uses one of them at most
+    data_files  names of the files beside it that may hold its external data; a graph uses one of them at most
     Reads structure only: time grows with the number of nodes and tensors, not with the weights.
     Raises BundleError naming the file and the node or tensor.
     """

@@ -20,10 +20,12 @@ VARINT, FIXED64, LENGTH, FIXED32 = 0, 1, 2, 5
 
 
 def message(once: str, repeated: str = "") -> dict[int, tuple[str, bool]]:
-    """'7L:graph 1V:ir_version' -> {tag: (name, whether it may come once only)}. V varint, L length, F fixed32, D fixed64.
+    """The known fields of a message: "7L:graph" is number 7, with a length, called graph.
 
-    A tag holds the field's number and its wire type. Protobuf parsers skip a field of the wrong wire type and let the
-    last of several win; here neither exists, so that what is checked is what the engine will see.
+    once, repeated  fields that may come once, or often; V varint, L length, F fixed32, D fixed64
+    Returns {tag: (name, whether it may come once only)}; a tag holds the number and the wire type. Protobuf
+    parsers skip a field of the wrong wire type and let the last of several win; refusing both means that what is
+    checked is what the engine will see.
     """
     wires = {"V": VARINT, "L": LENGTH, "F": FIXED32, "D": FIXED64}
     table = {}

@@ -115,9 +115,10 @@ def test_an_empty_tensor_and_a_scalar_pass(check: Callable[..., None], kind: int
     check(m)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch about itself
 def test_an_exported_module_passes(tmp_path: Path, check: Callable[..., None]) -> None:
     torch = pytest.importorskip("torch")
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.SiLU(), torch.nn.GroupNorm(2, 8))
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.SiLU(), torch.nn.GroupNorm(2, 8)).eval()
     program = torch.onnx.export(net, (torch.zeros(1, 3, 8, 8),), dynamo=True, verbose=False)
     program.save(tmp_path / "exported.onnx", external_data=True)
     check_graph(tmp_path / "exported.onnx", {"exported.onnx.data"})
@@ -125,11 +126,9 @@ def test_an_exported_module_passes(tmp_path: Path, check: Callable[..., None]) -
 
 def test_cutting_the_file_anywhere_is_noticed(check: Callable[..., None]) -> None:
     whole = external(model()).SerializeToString()
-    opset = helper.make_opsetid("", 18).ByteSize() + 2  # the last field: without it the rest is a lesser model
     for size in range(len(whole)):
         with pytest.raises(BundleError, match=r"model\.onnx"):
             check(whole[:size])
-    assert opset < len(whole)
 
 
 def test_random_damage_is_refused_or_harmless_but_never_another_error(check: Callable[..., None]) -> None:
@@ -176,7 +175,9 @@ def test_a_symbolic_link_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["symlink", "hardlink", "fifo", "folder"])
-def test_a_data_file_that_is_no_plain_file_is_refused(check: Callable[..., None], tmp_path: Path, how: str) -> None:
+def test_a_data_file_that_is_no_plain_file_is_refused(
+    check: Callable[..., None], tmp_path: Path, how: str
+) -> None:
     (tmp_path / "secret").write_bytes(bytes(100))
     data = tmp_path / "model.onnx_data"
     data.unlink()
@@ -195,7 +196,18 @@ def test_a_data_file_that_is_no_plain_file_is_refused(check: Callable[..., None]
 
 @pytest.mark.parametrize(
     "location",
-    ["../secret", "/etc/passwd", "sub/model.onnx_data", "*/_ORT_MEM_ADDR_/*", "", ".", "..", "C:x", "model.onnx", "a\\b"],
+    [
+        "../secret",
+        "/etc/passwd",
+        "sub/model.onnx_data",
+        "*/_ORT_MEM_ADDR_/*",
+        "",
+        ".",
+        "..",
+        "C:x",
+        "model.onnx",
+        "a\\b",
+    ],
 )
 def test_a_location_other_than_the_data_file_is_refused(check: Callable[..., None], location: str) -> None:
     with pytest.raises(BundleError, match="tensor 'weight' lies in"):
@@ -236,7 +248,9 @@ def test_an_unknown_external_data_key_is_refused(check: Callable[..., None]) -> 
 
 @pytest.mark.parametrize(("offset", "end"), [("77", "101"), ("1000000000000", "1,000,000,000,024")])
 def test_external_data_outside_the_file_is_refused(check: Callable[..., None], offset: str, end: str) -> None:
-    with pytest.raises(BundleError, match=f"'weight' ends at byte {end} of model.onnx_data; expected at most 100"):
+    with pytest.raises(
+        BundleError, match=f"'weight' ends at byte {end} of model.onnx_data; expected at most 100"
+    ):
         check(external(model(), offset=offset))
 
 
@@ -267,7 +281,9 @@ def test_overlapping_tensors_are_refused(check: Callable[..., None]) -> None:
         check(m)
 
 
-@pytest.mark.parametrize("dims", [[2**31, 2**31], [2**62], [2**32, 2**32, 2], [2**40, 2**40, 0, 2**63 - 1][:2]])
+@pytest.mark.parametrize(
+    "dims", [[2**31, 2**31], [2**62], [2**32, 2**32, 2], [2**40, 2**40, 0, 2**63 - 1][:2]]
+)
 def test_a_huge_declared_shape_is_refused_with_numbers(check: Callable[..., None], dims: list[int]) -> None:
     m = external(model())
     del m.graph.initializer[0].dims[:]
@@ -390,7 +406,9 @@ def test_an_unused_foreign_import_is_harmless(check: Callable[..., None]) -> Non
 
 
 @pytest.mark.parametrize("version", [0, 6, 99])
-def test_an_operator_set_out_of_range_is_refused_with_the_range(check: Callable[..., None], version: int) -> None:
+def test_an_operator_set_out_of_range_is_refused_with_the_range(
+    check: Callable[..., None], version: int
+) -> None:
     m = model()
     m.opset_import[0].version = version
     with pytest.raises(BundleError, match=rf"operator set ai\.onnx {version}; expected 7 to 26"):
@@ -398,7 +416,9 @@ def test_an_operator_set_out_of_range_is_refused_with_the_range(check: Callable[
 
 
 @pytest.mark.parametrize("version", [0, 3, 99])
-def test_an_ir_version_out_of_range_is_refused_with_the_range(check: Callable[..., None], version: int) -> None:
+def test_an_ir_version_out_of_range_is_refused_with_the_range(
+    check: Callable[..., None], version: int
+) -> None:
     m = model()
     m.ir_version = version
     with pytest.raises(BundleError, match=f"IR version {version}; expected 4 to 13"):
