@@ -25,7 +25,7 @@ from ..runtime.bundle import Bundle
 from ..runtime.errors import BadInput
 from ..runtime.files import atomic_write, output_errors
 from ..runtime.plan import Plan
-from .console import Answer, human_bytes, human_seconds, table, track
+from .console import Answer, human_bytes, human_rate, human_seconds, table, track
 from .host import fingerprint
 from .measure import Job, Samples, measure
 from .report import render
@@ -116,7 +116,7 @@ def bench(
         "job": {k: v for k, v in asdict(job).items() if k != "bundles"},
         "host": host,
         "baseline": reference if baseline else None,
-        "bundles": [_describe(label, bundles[label], samples[label], steps) for label in labelled],
+        "bundles": [_describe(label, bundles[label], samples[label], job) for label in labelled],
         "comparisons": [c for label in others for c in _compare(label, reference, samples)],
     }
     for entry in report["bundles"]:
@@ -146,7 +146,7 @@ def _label(paths: Sequence[Path]) -> dict[str, Path]:
     return labelled
 
 
-def _describe(label: str, bundle: Any, samples: Samples, steps: int | None) -> dict[str, Any]:
+def _describe(label: str, bundle: Any, samples: Samples, job: Job) -> dict[str, Any]:
     manifest = bundle.manifest
     parts: Counter[str] = Counter()
     for name, spec in manifest.files.items():
@@ -157,11 +157,14 @@ def _describe(label: str, bundle: Any, samples: Samples, steps: int | None) -> d
         "label": label,
         "name": manifest.name,
         "sha256": hashlib.sha256(own).hexdigest(),
-        "target": manifest.target.get("name"),
-        "steps": steps or Plan.from_json(manifest.plans["default"]).steps,
+        "target": manifest.target.get("id"),
+        "steps": job.steps or Plan.from_json(manifest.plans["default"]).steps,
         "sampler": manifest.sampler,
         "width": manifest.sample.width,
         "height": manifest.sample.height,
+        "captions": list(job.prompts)
+        if manifest.tokenizer
+        else [f"seed {i}" for i in range(len(job.prompts))],
         "size": {"total": sum(parts.values()), "parts": dict(parts)},
         "quality": {k: v for k, v in manifest.quality.items() if k != "golden"},
         "summary": _summary(samples),
@@ -226,7 +229,7 @@ def _text(report: dict[str, Any]) -> str:
     for b in report["bundles"]:
         s = b["summary"]
         warm = "  ".join(human_seconds(s["image"][p]) for p in ("p50", "p90", "p99"))
-        rate = f"{s['it_per_s']:.3g}" if s["it_per_s"] else "-"
+        rate = human_rate(s["it_per_s"])
         first = human_seconds(s["cold"]["process"]["p50"])
         row = (
             b["label"],

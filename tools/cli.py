@@ -89,6 +89,10 @@ def describe(error: BaseException) -> dict[str, Any]:
     elif isinstance(error, OSError) and not isinstance(error, FewstepError):
         # a full disk or a missing right is the user's world, wherever it is met
         error = OutputError(str(error), fix="check the path, its permissions and the free space")
+    elif isinstance(error, MemoryError):
+        error = BadInput(
+            "not enough memory", fix="close other programs, or pass --low-memory or a smaller size"
+        )
     if isinstance(error, FewstepError):
         parts = {"found": error.found, "expected": error.expected, "fix": error.fix}
         return {"type": type(error).__name__, "message": str(error), **parts, "exit_code": error.exit_code}

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-__all__ = ["Answer", "bar", "human_bytes", "human_seconds", "note", "table", "track"]
+PLAIN_SECONDS = 2.0
+"""Between two lines of progress where there is no terminal: a log is read later, not watched."""
+
+__all__ = ["Answer", "bar", "human_bytes", "human_rate", "human_seconds", "note", "table", "track"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ def note(text: str) -> None:
 
 @contextmanager
 def bar(title: str) -> Iterator[Callable[[float, str], None]]:
-    """Yields `update(fraction, note)`: a bar on a terminal, elsewhere a line whenever the note changes.
+    """Yields `update(fraction, note)`: a bar on a terminal, elsewhere a plain line now and then.
 
     Without rich a terminal gets the plain lines too.
     """
@@ -46,13 +51,13 @@ def bar(title: str) -> Iterator[Callable[[float, str], None]]:
                 yield lambda fraction, text: progress.update(task, completed=fraction, note=text)
             return
 
-    last = ""
+    last = -inf
 
     def plain(fraction: float, text: str) -> None:
         nonlocal last
-        if text and text != last:
-            note(f"{title}: {text}")
-            last = text
+        if time.monotonic() - last >= PLAIN_SECONDS:
+            note(f"{title}: {fraction:.0%} {text}".rstrip())
+            last = time.monotonic()
 
     yield plain
 
@@ -87,6 +92,13 @@ def human_bytes(count: float | None) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError
+
+
+def human_rate(per_second: float | None) -> str:
+    """41.25 -> "41.2"; 16680.3 -> "16,680"."""
+    if per_second is None:
+        return "unknown"
+    return f"{per_second:.3g}" if per_second < 1000 else f"{per_second:,.0f}"
 
 
 def human_seconds(seconds: float | None) -> str:

@@ -77,7 +77,9 @@ def _plot(rows: Sequence[str], top: float, unit: str) -> str:
     """Rows above their axis. The axis is one more row, so that its ticks stand under the drawings."""
     marks = []
     for value in ticks(top):
-        anchor = "start" if value == 0 else "middle"
+        anchor = (
+            "start" if value == 0 else "end" if value > 0.95 * top else "middle"
+        )  # none may leave the page
         text = f"{_short(value)} {unit}" if value else "0"
         marks.append(f'<text x="{_at(value, top)}" y="15" text-anchor="{anchor}">{text}</text>')
     axis = f'<svg class="axis" width="100%" height="{AXIS}" aria-hidden="true">{"".join(marks)}</svg>'

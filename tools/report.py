@@ -8,13 +8,14 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from .console import human_bytes, human_seconds
+from .console import human_bytes, human_rate, human_seconds
 from .plots import bars, stacked, strips
 
 __all__ = ["render"]
 
 MIB = 2**20
 SERIES = {"image": "Whole image", "text": "Text encoder", "step": "One step", "decode": "Decoder"}
+COMPARED = SERIES | {"core": "Processor time an image", "cold": "Fresh process to first image"}
 STAGES = {"text": "text encoder", "denoise": "denoising", "decode": "decoder"}
 PIXELATED_BELOW = 200
 """Pictures narrower than this are enlarged with hard edges: smoothing would show detail that is not there."""
@@ -72,7 +73,7 @@ def _tiles(first: Mapping[str, Any]) -> str:
     tiles = [
         (human_seconds(summary["image"]["p50"]), "an image, warm (p50)"),
         (human_seconds(summary["cold"]["process"]["p50"]), "from nothing to the first image"),
-        (f"{summary['it_per_s']:.3g}", "steps a second"),
+        (human_rate(summary["it_per_s"]), "steps a second"),
         (human_bytes(summary["peak_rss_bytes"]), "peak memory"),
         (human_bytes(first["size"]["total"]), "on disk"),
     ]
@@ -86,9 +87,7 @@ def _tiles(first: Mapping[str, Any]) -> str:
 def _verdicts(report: Mapping[str, Any]) -> str:
     if not report["comparisons"]:
         return ""
-    rows = [
-        (c["a"], c["b"], SERIES.get(c["metric"], c["metric"]), _verdict(c)) for c in report["comparisons"]
-    ]
+    rows = [(c["a"], c["b"], COMPARED[c["metric"]], _verdict(c)) for c in report["comparisons"]]
     cells = ["".join(f"<td>{escape(v)}</td>" for v in row[:3]) + f"<td>{row[3]}</td>" for row in rows]
     return _section(
         "Faster or not",
@@ -101,7 +100,7 @@ def _pictures(report: Mapping[str, Any], pictures: Mapping[str, Sequence[str]]) 
     parts = []
     for bundle in report["bundles"]:
         figures = []
-        for prompt, png in zip(report["job"]["prompts"], pictures.get(bundle["label"], ()), strict=False):
+        for prompt, png in zip(bundle["captions"], pictures[bundle["label"]], strict=True):
             pixelated = ' class="small-picture"' if bundle["width"] < PIXELATED_BELOW else ""
             text = escape(prompt, quote=True)
             image = f'<img{pixelated} alt="{text}" src="data:image/png;base64,{png}">'

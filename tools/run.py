@@ -6,6 +6,8 @@ import argparse
 import hashlib
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,7 @@ def call(args: argparse.Namespace) -> Answer:
     with bar("run") as update:
         # one at a time: memory stays that of one image, and what is finished before a Ctrl-C is on disk
         for i in range(args.count):
-            update(i / args.count, f"image {i + 1} of {args.count}, seed {args.seed + i}")
-            output = pipeline(
+            drawing = pipeline.generate(
                 args.prompt,
                 args.negative_prompt,
                 class_labels=args.class_label,
@@ -65,6 +66,7 @@ def call(args: argparse.Namespace) -> Answer:
                 sampler=args.sampler,
                 output_type="np",
             )
+            output = _drawn(drawing, partial(_share, update, i, args.count))
             picture = np.round(np.asarray(output.images[0]) * 255).clip(0, 255).astype(np.uint8)
             path = args.output if args.count == 1 else _numbered(args.output, i)
             text = metadata(args, pipeline.manifest, output.plan, args.seed + i, picture.shape, digest)
@@ -114,6 +116,20 @@ def metadata(
         lines.append(f"Negative prompt: {args.negative_prompt}")
     lines.append(", ".join(f"{key}: {value}" for key, value in fields.items()))
     return {"parameters": "\n".join(lines), "fewstep": json.dumps(record, ensure_ascii=False)}
+
+
+def _share(update: Callable[[float, str], None], i: int, count: int, part: float) -> None:
+    update((i + part) / count, f"image {i + 1} of {count}")
+
+
+def _drawn(steps: Any, update: Callable[[float], None]) -> Any:
+    """Run `Pipeline.generate` to its end and return what it returns."""
+    while True:
+        try:
+            done = next(steps)
+        except StopIteration as end:
+            return end.value
+        update((done.index + 1) / done.steps)
 
 
 def grid(pictures: list[Any]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ def _bundle(path: Path) -> Answer:
     folders: Counter[str] = Counter()
     for name, spec in manifest.files.items():
         folders[name.split("/")[0]] += spec.bytes
-    parts = [
+    parts: list[dict[str, Any]] = [
         {
             "part": name,
             "engine": part.engine,
@@ -48,11 +47,11 @@ def _bundle(path: Path) -> Answer:
         }
         for name, part in manifest.parts.items()
     ]
-    plans = [
+    plans: list[dict[str, Any]] = [
         {
             "plan": name,
             "sampler": plan["sampler"],
-            "steps": sum(row["next"] is not None for row in plan["calls"]),
+            "steps": plan["steps"],
             "calls": len(plan["calls"]),
         }
         for name, plan in manifest.plans.items()
@@ -73,14 +72,15 @@ def _bundle(path: Path) -> Answer:
         "files": len(manifest.files),
         "bytes": sum(folders.values()),
     }
-    columns = ("part", "engine", "precision", "bytes", "inputs", "outputs")
-    cells = [[_cell(part[column], column) for column in columns] for part in parts]
-    target = manifest.target.get("name") or "none named"
+    cells = [(p["part"], p["engine"], p["precision"], human_bytes(p["bytes"])) for p in parts]
+    tensors = [f"{p['part']}: {', '.join(p['inputs'])} -> {', '.join(p['outputs'])}" for p in parts]
+    target = manifest.target.get("id") or "none named"
     head = [*_head(data), ("target", target), ("licence", manifest.license or "not stated")]
     sections = [
         table([*head, ("on disk", f"{human_bytes(data['bytes'])} in {data['files']} files")]),
-        table(cells, columns),
-        table([(p["plan"], p["sampler"], p["steps"], p["calls"]) for p in plans], _PLAN_COLUMNS),
+        table(cells, ("part", "engine", "precision", "on disk")),
+        _listed("inputs -> outputs", tensors),
+        table([p.values() for p in plans], ("plan", "sampler", "steps", "network calls")),
         _listed("history", [", ".join(f"{k}={v}" for k, v in flatten(entry)) for entry in manifest.history]),
         _listed("quality", [f"{k}: {v}" for k, v in flatten(data["quality"])]),
         _listed("speed", [f"{k}: {v}" for k, v in flatten(manifest.speed)]),
@@ -93,9 +93,6 @@ def _bundle(path: Path) -> Answer:
     return Answer(data, "\n\n".join(section for section in sections if section))
 
 
-_PLAN_COLUMNS = ("plan", "sampler", "steps", "network calls")
-
-
 def _model(source: str) -> Answer:
     try:
         from ..model import load
@@ -105,13 +102,13 @@ def _model(source: str) -> Answer:
         if (error.name or "").startswith("fewstep"):
             raise
         raise MissingExtra.of(error.name or "a library", "export") from None
-    parts = [
+    parts: list[dict[str, Any]] = [
         {"part": name, "parameters": part.parameters(), "bytes": part.weight_bytes()}
         for name, part in model.parts.items()
     ]
     data = {
         "kind": "model",
-        "path": os.fspath(source),
+        "path": source,
         **_common(model),
         "parts": parts,
         "parameters": sum(part["parameters"] for part in parts),
@@ -161,12 +158,6 @@ def _head(data: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _tensor(spec: Any) -> str:
     return f"{spec.name} {spec.dtype} [{', '.join(map(str, spec.shape))}]"
-
-
-def _cell(value: Any, column: str) -> str:
-    if column == "bytes":
-        return human_bytes(value)
-    return "; ".join(value) if isinstance(value, list) else str(value)
 
 
 def _listed(title: str, lines: list[str]) -> str:

@@ -69,7 +69,7 @@ class Comparison:
 
     def __str__(self) -> str:
         if not isfinite(self.high):
-            return f"no difference shown: {self.pairs} runs are too few, {min_pairs()} are needed"
+            return f"no difference shown: {min_pairs()} runs are needed, not {self.pairs}: too few"
         if self.verdict == "no difference":
             return f"no difference (time x{self.ratio:.2f}; 95 % interval {self.low:.2f} to {self.high:.2f})"
         if self.verdict == "faster":

@@ -1,0 +1,162 @@
+"""`fewstep run`: pictures that say how they were made, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fewstep.runtime import Pipeline
+from fewstep.tools import cli
+
+
+@pytest.fixture
+def draw(text_bundle, tmp_path, capsys):
+    """`draw("--steps", 2)` -> (exit code, stdout, stderr); the picture is tmp_path/x.png."""
+
+    def run(*words, prompt="a red apple", bundle=text_bundle):
+        subject = ["--prompt", prompt] if prompt is not None else []
+        line = ["run", bundle, *subject, "-o", tmp_path / "x.png", *words]
+        code = cli.main([str(word) for word in line])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_the_picture_is_the_pipeline_s(draw, text_bundle, tmp_path):
+    assert draw("--seed", 3, "--steps", 2)[0] == 0
+    expected = Pipeline.from_pretrained(text_bundle)("a red apple", seed=3, num_inference_steps=2).images[0]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), np.asarray(expected))
+
+
+def test_the_picture_says_how_it_was_made(draw, text_bundle, tmp_path):
+    import hashlib
+
+    digest = hashlib.sha256((text_bundle / "manifest.json").read_bytes()).hexdigest()
+    code, _, err = draw(
+        "--seed", 5, "--steps", 3, "--sampler", "euler", "--guidance", 2, "--negative-prompt", "blue"
+    )
+    assert code == 0, err
+    text = Image.open(tmp_path / "x.png").text
+    assert text["parameters"].splitlines() == [
+        "a red apple",
+        "Negative prompt: blue",
+        f"Steps: 3, Sampler: euler, CFG scale: 2, Seed: 5, Size: 16x16, Model hash: {digest[:10]}, Model: tiny, "
+        "Version: fewstep 0.1.0",
+    ]
+    record = json.loads(text["fewstep"])
+    assert record["bundle"] == {"name": "tiny", "sha256": digest}
+    assert (record["prompt"], record["negative_prompt"], record["seed"]) == ("a red apple", "blue", 5)
+    assert (record["steps"], record["sampler"], record["plan"]) == (3, "euler", "traced")
+
+
+def test_the_default_plan_is_named(draw, tmp_path):
+    assert draw()[0] == 0
+    record = json.loads(Image.open(tmp_path / "x.png").text["fewstep"])
+    assert (record["plan"], record["steps"], record["guidance"]) == ("default", 4, 3.0)
+
+
+def test_a_prompt_outside_latin_1_survives(draw, tmp_path):
+    assert draw(prompt="a 红 apple – 🍎")[0] == 0
+    text = Image.open(tmp_path / "x.png").text
+    assert json.loads(text["fewstep"])["prompt"] == "a 红 apple – 🍎"
+    assert text["parameters"].startswith("a 红 apple – 🍎\n")
+
+
+def test_count_draws_numbered_files_and_a_grid(draw, text_bundle, tmp_path):
+    code, out, _ = draw("--count", 3, "--grid", "--seed", 7, "--json")
+    assert code == 0
+    data = json.loads(out)
+    assert [image["seed"] for image in data["images"]] == [7, 8, 9]
+    names = ["x-001.png", "x-002.png", "x-003.png", "x-grid.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    alone = Pipeline.from_pretrained(text_bundle)("a red apple", seed=8).images[0]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "x-002.png")), np.asarray(alone))
+    assert Image.open(tmp_path / "x-grid.png").size == (36, 36)  # 2 x 2 pictures of 16, 4 pixels between
+
+
+def test_another_size_and_low_memory(draw, tmp_path):
+    assert draw("--height", 24, "--width", 32, "--low-memory", "--threads", 1)[0] == 0
+    assert Image.open(tmp_path / "x.png").size == (32, 24)
+
+
+def test_a_model_without_text_needs_no_prompt(draw, pixel_bundle, tmp_path):
+    assert draw(prompt=None, bundle=pixel_bundle)[0] == 0
+    assert Image.open(tmp_path / "x.png").size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", "0"], "0"),
+        (["--steps", "1000000"], "1000000"),
+        (["--height", "17"], "17"),
+        (["--width", "-16"], "-16"),
+        (["--width", "1000000000"], "1000000000"),
+        (["--count", "0"], "--count 0"),
+        (["--sampler", "magic"], "magic"),
+        (["--guidance", "nan"], "nan"),
+        (["--class-label", "1"], "class label"),
+        (["--threads", "0"], "0"),
+        (["--seed", "-1"], "-1"),
+        (["-o", "/nowhere/x.png"], "/nowhere"),
+        (["-o", "x.jpg"], ".png"),
+    ],
+)
+def test_bad_input_is_one_line_and_no_file(words, said, draw, tmp_path):
+    code, out, err = draw(*words)
+    assert code == 2, err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("fewstep: error: ")
+    assert said in last
+    assert "Traceback" not in err + out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_prompt_beyond_the_tokenizer_s_limit_is_bad_input(draw, tmp_path):
+    code, _, err = draw(prompt="a cat " * 40)
+    assert code == 2
+    assert "tokens" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_prompt_is_bad_input_as_json(draw):
+    code, out, _ = draw("--json", prompt=None)
+    assert code == 2
+    assert json.loads(out)["error"]["type"] == "BadInput"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_run_and_leaves_no_half_file(number, text_bundle, tmp_path):
+    words = [
+        "run",
+        text_bundle,
+        "--prompt",
+        "a cat",
+        "--count",
+        1000,
+        "--steps",
+        500,
+        "-o",
+        tmp_path / "x.png",
+    ]
+    command = [sys.executable, "-m", "fewstep.tools.cli", *map(str, words)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if list(tmp_path.glob("x-*.png")) or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    os.kill(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert err.strip().splitlines()[-1] == "fewstep: error: interrupted"
+    left = list(tmp_path.iterdir())
+    assert left
+    for path in left:
+        Image.open(path).load()
