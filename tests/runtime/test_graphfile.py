@@ -115,6 +115,7 @@ def test_an_empty_tensor_and_a_scalar_pass(check: Callable[..., None], kind: int
     check(m)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch about itself
 def test_an_exported_module_passes(tmp_path: Path, check: Callable[..., None]) -> None:
     torch = pytest.importorskip("torch")
