@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -284,6 +284,10 @@ def plan(
         sampler = SAMPLERS[sampler]
     if isinstance(times, str):
         spacing = "lcm" if times == "auto" and name == "lcm" else times
+        if (
+            name != "ddim"
+        ):  # the other samplers end on clean data whatever DDIM's set_alpha_to_one says, as in diffusers
+            grid = replace(grid, final="clean")
         times = make_times(spacing, steps, process, grid)
     elif len(np.asarray(times)) != steps + 1:
         raise PlanError(f"{len(np.asarray(times))} times for {steps} steps", expected=f"{steps + 1} times")
