@@ -286,7 +286,7 @@ def plan(
         spacing = "lcm" if times == "auto" and name == "lcm" else times
         if (
             name != "ddim"
-        ):  # the other samplers end on clean data whatever DDIM's set_alpha_to_one says, as in diffusers
+        ):  # diffusers' other samplers end on clean data whatever set_alpha_to_one says
             grid = replace(grid, final="clean")
         times = make_times(spacing, steps, process, grid)
     elif len(np.asarray(times)) != steps + 1:
