@@ -17,7 +17,8 @@ from .manifest import Manifest
 
 __all__ = ["TOLERANCE", "compare_golden", "golden_latent"]
 
-PROMPT = "a red apple on a blue background"
+PROMPT = "a red apple"
+"""Short: a small tokenizer may spend a token on every letter."""
 STEPS = 2
 """Two calls: the first alone would not notice a wrong time or a wrong update."""
 VALUES = 64

@@ -25,7 +25,7 @@ from ..runtime.bundle import Bundle
 from ..runtime.errors import BadInput
 from ..runtime.files import atomic_write, output_errors
 from ..runtime.plan import Plan
-from .console import Answer, human_bytes, human_rate, human_seconds, table, track
+from .console import Answer, add_threads, human_bytes, human_rate, human_seconds, positive, table, track
 from .host import fingerprint
 from .measure import Job, Samples, measure
 from .report import render
@@ -50,9 +50,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", metavar="DIR", help="measure all others against this bundle")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="repeat for several")
     parser.add_argument("--steps", type=int, help="network steps an image (default: each bundle's own plan)")
-    parser.add_argument("--runs", type=int, default=12, help="warm images a bundle (default 12)")
-    parser.add_argument("--cold-runs", type=int, default=6, help="fresh processes a bundle (default 6)")
-    parser.add_argument("--threads", type=int, help="cores for one run of a graph (default: all)")
+    parser.add_argument("--runs", type=positive, default=12, help="warm images a bundle (default 12)")
+    parser.add_argument("--cold-runs", type=positive, default=6, help="fresh processes a bundle (default 6)")
+    add_threads(parser)
     parser.add_argument(
         "-o", "--output", metavar="DIR", type=Path, help="where report.html and report.json go"
     )
@@ -65,10 +65,6 @@ def call(args: argparse.Namespace) -> Answer:
         baseline = paths.pop()
     if not paths:
         raise BadInput("no bundle to measure", fix="fewstep bench BUNDLE [BUNDLE...] -o DIR")
-    for name in ("runs", "cold_runs", "threads"):
-        value = getattr(args, name)
-        if value is not None and not 1 <= value <= 10_000:
-            raise BadInput(f"--{name.replace('_', '-')} {value}", expected="1 to 10000")
     return bench(
         paths,
         baseline,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -10,12 +11,25 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any, TypeVar
 
+from ..runtime.errors import MissingExtra
+
 T = TypeVar("T")
 
 PLAIN_SECONDS = 2.0
 """Between two lines of progress where there is no terminal: a log is read later, not watched."""
 
-__all__ = ["Answer", "bar", "human_bytes", "human_rate", "human_seconds", "note", "table", "track"]
+__all__ = [
+    "Answer",
+    "add_threads",
+    "bar",
+    "human_bytes",
+    "human_rate",
+    "human_seconds",
+    "note",
+    "positive",
+    "table",
+    "track",
+]
 
 
 @dataclass(frozen=True)
@@ -25,6 +39,29 @@ class Answer:
     data: dict[str, Any]
     text: str
     exit_code: int = field(default=0)
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number from 1 to 10,000; nobody has more cores or more patience."""
+    value = int(text)
+    if not 1 <= value <= 10_000:
+        raise argparse.ArgumentTypeError(f"{value}, expected 1 to 10000")
+    return value
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Around an import: a third-party library that is missing becomes the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("fewstep"):
+            raise
+        raise MissingExtra.of(error.name or "a library", extra) from None
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=positive, help="cores for one run of a graph (default: all)")
 
 
 def note(text: str) -> None:

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.errors import MissingExtra
 from ..runtime.files import atomic_write, output_errors
 from .bench import bench
-from .console import Answer, bar, note
+from .console import Answer, bar, needs, note, positive
 from .verify import verify
 
 __all__ = ["add", "call", "contact_sheet"]
@@ -42,8 +41,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", default="models/emoji-64", metavar="MODEL")
     parser.add_argument("-o", "--output", default="demo-output", metavar="DIR", type=Path)
     parser.add_argument("--target", default="laptop-cpu", metavar="NAME")
-    parser.add_argument("--runs", type=int, default=RUNS, help=argparse.SUPPRESS)
-    parser.add_argument("--cold-runs", type=int, default=COLD_RUNS, help=argparse.SUPPRESS)
+    parser.add_argument("--runs", type=positive, default=RUNS, help=argparse.SUPPRESS)
+    parser.add_argument("--cold-runs", type=positive, default=COLD_RUNS, help=argparse.SUPPRESS)
 
 
 def call(args: argparse.Namespace) -> Answer:
@@ -80,12 +79,8 @@ def call(args: argparse.Namespace) -> Answer:
 
 
 def _export(model: str, target: str, output: Path, *, optimize: bool) -> None:
-    try:
+    with needs("export"):
         from ..export import export_bundle
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("fewstep"):
-            raise
-        raise MissingExtra.of(error.name or "a library", "export") from None
     with bar(f"export {output.name}") as update:
         for event in export_bundle(model, target, output, overwrite=True, optimize=optimize):
             if hasattr(event, "fraction"):

@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..runtime.errors import MissingExtra
-from .console import Answer, human_bytes, track
+from .console import Answer, human_bytes, needs, track
 
 __all__ = ["add", "call"]
 
@@ -27,12 +26,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def call(args: argparse.Namespace) -> Answer:
-    try:
+    with needs("export"):
         from ..export import Exported, export_bundle
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("fewstep"):
-            raise
-        raise MissingExtra.of(error.name or "a library", "export") from None
 
     events = export_bundle(
         args.model,

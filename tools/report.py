@@ -138,7 +138,12 @@ def _timings(bundles: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cold(bundles: Sequence[Mapping[str, Any]]) -> str:
-    names = {"start": "interpreter", "import": "import", "open": "open the bundle", "image": "first image"}
+    names = {
+        "start": "interpreter",
+        "import": "import",
+        "open": "open the bundle",
+        "image": "load graphs, first image",
+    }
     rows = [
         (b["label"], {n: 1000 * b["summary"]["cold"][k]["p50"] for k, n in names.items()})
         for b in bundles

@@ -16,7 +16,7 @@ import numpy as np
 from .. import __version__
 from ..runtime.errors import BadInput, OutputError
 from ..runtime.png import write_png
-from .console import Answer, bar, human_seconds
+from .console import Answer, add_threads, bar, human_seconds
 
 __all__ = ["add", "call", "metadata"]
 
@@ -38,7 +38,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-H", "--height", type=int, metavar="PIXELS")
     parser.add_argument("-W", "--width", type=int, metavar="PIXELS")
     parser.add_argument("--low-memory", action="store_true", help="free each network before the next; slower")
-    parser.add_argument("--threads", type=int, help="cores for one run of a graph (default: all)")
+    add_threads(parser)
     parser.add_argument("--grid", action="store_true", help="with --count: also one picture of all")
     parser.add_argument("-o", "--output", required=True, metavar="FILE.png", type=Path)
 

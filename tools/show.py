@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.bundle import Bundle
-from ..runtime.errors import MissingExtra
 from ..runtime.manifest import NAME, Manifest
-from .console import Answer, human_bytes, table
+from .console import Answer, human_bytes, needs, table
 from .report import flatten
 
 __all__ = ["add", "call"]
@@ -94,14 +93,10 @@ def _bundle(path: Path) -> Answer:
 
 
 def _model(source: str) -> Answer:
-    try:
+    with needs("export"):
         from ..model import load
 
         model = load(source)
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("fewstep"):
-            raise
-        raise MissingExtra.of(error.name or "a library", "export") from None
     parts: list[dict[str, Any]] = [
         {"part": name, "parameters": part.parameters(), "bytes": part.weight_bytes()}
         for name, part in model.parts.items()

@@ -7,14 +7,14 @@ import time
 from pathlib import Path
 
 from ..runtime.errors import GateFailed
-from .console import Answer, bar, human_bytes
+from .console import Answer, add_threads, bar, human_bytes
 
 __all__ = ["add", "call", "verify"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", type=Path)
-    parser.add_argument("--threads", type=int, help="cores for one run of a graph (default: all)")
+    add_threads(parser)
 
 
 def call(args: argparse.Namespace) -> Answer:

@@ -17,8 +17,7 @@ from fewstep.runtime.manifest import GuidanceSpec, Manifest, PartSpec, SampleSpe
 from fewstep.runtime.pipeline import Pipeline
 from fewstep.runtime.process import DiscreteVP
 
-WORDS = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "a", "red", "apple", "cat", "on", "blue", "background")
-LENGTH, WIDTH, OPSET = 8, 4, 20
+LENGTH, WIDTH, VOCABULARY, OPSET = 77, 4, 514, 20
 
 
 def tensor(name, dtype, *shape):
@@ -90,7 +89,7 @@ def write_bundle(dest, *, text=True, gain=0.5, name="tiny", golden=True):
                 tensor("input_ids", "int64", "batch", LENGTH),
                 tensor("last_hidden_state", "float32", "batch", LENGTH, WIDTH),
             )
-            table = rng.standard_normal((len(WORDS), WIDTH)).astype(np.float32)
+            table = rng.standard_normal((VOCABULARY, WIDTH)).astype(np.float32)
             look_up = [helper.make_node("Gather", ["table", "input_ids"], ["last_hidden_state"])]
             save(folder / "text_encoder/model.onnx", look_up, (ids,), (states,), {"table": table})
             graphs["text_encoder"] = ((ids,), (states,))
@@ -110,7 +109,7 @@ def write_bundle(dest, *, text=True, gain=0.5, name="tiny", golden=True):
             plans={"default": plan("ddim", 4, process).to_json()},
             sampler="ddim",
             guidance=GuidanceSpec("cfg", 3.0) if text else GuidanceSpec(),
-            tokenizer=TokenizerSpec("tokenizer/tokenizer.json", LENGTH, 0) if text else None,
+            tokenizer=TokenizerSpec("tokenizer/tokenizer.json", LENGTH, VOCABULARY - 1) if text else None,
             target={"id": "laptop-cpu"},
             history=({"pass": "none"},),
             quality={"unet": {"relative_error": 1e-6}},
@@ -134,13 +133,23 @@ def store_golden(dest, **changes):
 
 
 def tokenizer_json():
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    """CLIP's tokenizer without merges: every letter a token."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 2), ("[EOS]", 3)]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    marks = ["<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: i for i, token in enumerate([*letters, *(f"{letter}</w>" for letter in letters), *marks])}
+    assert len(vocab) == VOCABULARY
+    tokenizer = Tokenizer(models.BPE(vocab, [], end_of_word_suffix="</w>", unk_token=marks[1]))
+    space = normalizers.Replace(Regex(r"\s+"), " ")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), space, normalizers.Lowercase()])
+    word = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    split = pre_tokenizers.Split(word, "removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
+    ends = [(mark, vocab[mark]) for mark in reversed(marks)]
+    tokenizer.post_processor = processors.RobertaProcessing(*ends, trim_offsets=False, add_prefix_space=False)
     return tokenizer.to_str()
 
 

@@ -15,6 +15,13 @@ from fewstep.runtime import Pipeline
 from fewstep.tools import cli
 
 
+def opened(path):
+    """(pixels, text) of a PNG as Pillow reads it."""
+    with Image.open(path) as image:
+        image.load()
+        return np.asarray(image), image.text
+
+
 @pytest.fixture
 def draw(text_bundle, tmp_path, capsys):
     """`draw("--steps", 2)` -> (exit code, stdout, stderr); the picture is tmp_path/x.png."""
@@ -31,7 +38,7 @@ def draw(text_bundle, tmp_path, capsys):
 def test_the_picture_is_the_pipeline_s(draw, text_bundle, tmp_path):
     assert draw("--seed", 3, "--steps", 2)[0] == 0
     expected = Pipeline.from_pretrained(text_bundle)("a red apple", seed=3, num_inference_steps=2).images[0]
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), np.asarray(expected))
+    assert np.array_equal(opened(tmp_path / "x.png")[0], np.asarray(expected))
 
 
 def test_the_picture_says_how_it_was_made(draw, text_bundle, tmp_path):
@@ -42,7 +49,7 @@ def test_the_picture_says_how_it_was_made(draw, text_bundle, tmp_path):
         "--seed", 5, "--steps", 3, "--sampler", "euler", "--guidance", 2, "--negative-prompt", "blue"
     )
     assert code == 0, err
-    text = Image.open(tmp_path / "x.png").text
+    text = opened(tmp_path / "x.png")[1]
     assert text["parameters"].splitlines() == [
         "a red apple",
         "Negative prompt: blue",
@@ -57,13 +64,13 @@ def test_the_picture_says_how_it_was_made(draw, text_bundle, tmp_path):
 
 def test_the_default_plan_is_named(draw, tmp_path):
     assert draw()[0] == 0
-    record = json.loads(Image.open(tmp_path / "x.png").text["fewstep"])
+    record = json.loads(opened(tmp_path / "x.png")[1]["fewstep"])
     assert (record["plan"], record["steps"], record["guidance"]) == ("default", 4, 3.0)
 
 
 def test_a_prompt_outside_latin_1_survives(draw, tmp_path):
     assert draw(prompt="a 红 apple – 🍎")[0] == 0
-    text = Image.open(tmp_path / "x.png").text
+    text = opened(tmp_path / "x.png")[1]
     assert json.loads(text["fewstep"])["prompt"] == "a 红 apple – 🍎"
     assert text["parameters"].startswith("a 红 apple – 🍎\n")
 
@@ -76,18 +83,18 @@ def test_count_draws_numbered_files_and_a_grid(draw, text_bundle, tmp_path):
     names = ["x-001.png", "x-002.png", "x-003.png", "x-grid.png"]
     assert sorted(p.name for p in tmp_path.iterdir()) == names
     alone = Pipeline.from_pretrained(text_bundle)("a red apple", seed=8).images[0]
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "x-002.png")), np.asarray(alone))
-    assert Image.open(tmp_path / "x-grid.png").size == (36, 36)  # 2 x 2 pictures of 16, 4 pixels between
+    assert np.array_equal(opened(tmp_path / "x-002.png")[0], np.asarray(alone))
+    assert opened(tmp_path / "x-grid.png")[0].shape == (36, 36, 3)  # 2 x 2 pictures of 16, 4 pixels between
 
 
 def test_another_size_and_low_memory(draw, tmp_path):
     assert draw("--height", 24, "--width", 32, "--low-memory", "--threads", 1)[0] == 0
-    assert Image.open(tmp_path / "x.png").size == (32, 24)
+    assert opened(tmp_path / "x.png")[0].shape == (24, 32, 3)
 
 
 def test_a_model_without_text_needs_no_prompt(draw, pixel_bundle, tmp_path):
     assert draw(prompt=None, bundle=pixel_bundle)[0] == 0
-    assert Image.open(tmp_path / "x.png").size == (16, 16)
+    assert opened(tmp_path / "x.png")[0].shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize(
@@ -159,4 +166,4 @@ def test_a_signal_stops_a_run_and_leaves_no_half_file(number, text_bundle, tmp_p
     left = list(tmp_path.iterdir())
     assert left
     for path in left:
-        Image.open(path).load()
+        opened(path)
