@@ -9,9 +9,6 @@ import errno
 import hashlib
 import os
 import shutil
-import stat
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +16,7 @@ from typing import Literal
 
 from .errors import BundleError, OutputError
 from .files import (
+    folder_size,
     output_error,
     output_errors,
     remove,
@@ -29,12 +27,10 @@ from .files import (
 )
 from .graphfile import check_graph
 from .manifest import NAME, VERSION_KEY, FileSpec, Manifest
+from .plainfiles import read_plain, walk
 from .strictjson import MAX_BYTES, loads
 
 __all__ = ["Bundle", "BundleWriter"]
-
-MAX_FILES = 10_000
-"""A bundle has tens of files; beyond this a folder is not walked further."""
 
 AGAIN = "download or export the bundle again"
 
@@ -58,9 +54,9 @@ class Bundle:
         folder = Path(os.path.abspath(path))
         if not (folder / NAME).exists():
             raise _not_a_bundle(path)
-        raw = b"".join(_read(folder, NAME, MAX_BYTES))
+        raw = b"".join(read_plain(folder, NAME, MAX_BYTES))
         manifest = Manifest.from_json(raw)
-        found = set(_walk(folder))
+        found = set(walk(folder))
         for name in sorted(manifest.files.keys() - found):
             raise BundleError(f"{path}: {name} is missing", fix=AGAIN)
         for name in sorted(found - manifest.files.keys() - {NAME}):
@@ -68,7 +64,7 @@ class Bundle:
         for name, spec in manifest.files.items():
             digest = hashlib.sha256()
             size = 0
-            for block in _read(folder, name, spec.bytes, exact=True, content=check == "hash"):
+            for block in read_plain(folder, name, spec.bytes, exact=True, content=check == "hash"):
                 digest.update(block)
                 size += len(block)
             if check == "hash" and (size != spec.bytes or digest.hexdigest() != spec.sha256):
@@ -119,72 +115,6 @@ def _not_a_bundle(path: Path) -> BundleError:
     )
 
 
-def _walk(folder: Path, prefix: str = "", depth: int = 0) -> Iterator[str]:
-    """Names of everything in `folder` that is not a real folder, relative and with forward slashes."""
-    count = 0
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            count += 1
-            if count > MAX_FILES or depth > 16:  # deeper than any path the manifest could list usefully
-                raise BundleError(f"{folder} holds too many files or folders", expected="a bundle", fix=AGAIN)
-            if entry.is_symlink():
-                raise _link(Path(entry.path))
-            if entry.is_dir(follow_symlinks=False):
-                inside = list(_walk(Path(entry.path), f"{prefix}{entry.name}/", depth + 1))
-                if not inside:
-                    raise BundleError(f"{prefix}{entry.name} is an empty folder", fix="delete it")
-                yield from inside
-            else:
-                yield prefix + entry.name
-
-
-def _link(path: Path) -> BundleError:
-    return BundleError(f"{path} is a symbolic link", expected="a plain file", fix="put the file itself there")
-
-
-def _read(
-    folder: Path, name: str, size: int, *, exact: bool = False, content: bool = True
-) -> Iterator[bytes]:
-    """The bytes of one file of a bundle, after checking what the opened file, not its name, is.
-
-    size   bytes it must have (`exact`) or may have at most
-    Raises BundleError for a link, a hard link, anything that is not a plain file, and another size.
-    """
-    path = folder / name
-    flags = (
-        os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    )
-    try:
-        if path.is_symlink():  # O_NOFOLLOW says the same, but Windows has none
-            raise OSError(errno.ELOOP, "symlink")
-        descriptor = os.open(path, flags)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise _link(path) from None
-        raise BundleError(
-            f"{path} cannot be opened ({error.strerror})", fix="check its permissions"
-        ) from None
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
-        info = os.fstat(descriptor)
-        if not stat.S_ISREG(info.st_mode):
-            raise BundleError(f"{path} is a folder or a device", expected="a plain file", fix=AGAIN)
-        if info.st_nlink > 1:
-            raise BundleError(
-                f"{path} is a hard link: {info.st_nlink} names lead to this file",
-                expected="a file of its own",
-                fix="copy the bundle (cp -r) and open the copy",
-            )
-        if info.st_size != size if exact else info.st_size > size:
-            expected = f"{size:,}" if exact else f"at most {size:,}"
-            raise BundleError(f"{path} has {info.st_size:,} bytes", expected=expected, fix=AGAIN)
-        left = (
-            size + 1 if content else 0
-        )  # one more than allowed, to notice a file that grows while it is read
-        while left > 0 and (block := file.read(min(left, 1 << 20))):
-            left -= len(block)
-            yield block
-
-
 class BundleWriter:
     """Write a bundle completely or not at all.
 
@@ -223,7 +153,7 @@ class BundleWriter:
     ) -> None:
         if self.folder == self.dest:
             return  # committed
-        written = sum(_size(self.folder / name) for name in _walk_quietly(self.folder))
+        written = folder_size(self.folder)
         remove(self.folder)
         full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
         if isinstance(error, OSError) and not isinstance(error, OutputError) and error.errno in full:
@@ -238,7 +168,7 @@ class BundleWriter:
         """
         assert self.folder != self.dest, "commit once, inside the with block"
         with output_errors(self.dest, size=self.size):
-            files = {name: _hashed(self.folder, name) for name in sorted(_walk(self.folder))}
+            files = {name: _hashed(self.folder, name) for name in sorted(walk(self.folder))}
             manifest = replace(manifest, files=files)
             text = manifest.to_json().encode()
             Manifest.from_json(text)
@@ -279,7 +209,7 @@ class BundleWriter:
 def _is_bundle(folder: Path) -> bool:
     """Whether the folder's manifest says it is ours, of whatever version."""
     try:
-        data = loads(b"".join(_read(folder, NAME, MAX_BYTES)), NAME)
+        data = loads(b"".join(read_plain(folder, NAME, MAX_BYTES)), NAME)
     except BundleError:
         return False
     return isinstance(data, dict) and VERSION_KEY in data
@@ -295,18 +225,6 @@ def _hashed(folder: Path, name: str) -> FileSpec:
             os.fsync(file.fileno())
     size = path.lstat().st_size
     digest = hashlib.sha256()
-    for block in _read(folder, name, size, exact=True):
+    for block in read_plain(folder, name, size, exact=True):
         digest.update(block)
     return FileSpec(digest.hexdigest(), size)
-
-
-def _walk_quietly(folder: Path) -> list[str]:
-    with suppress(OSError, BundleError):
-        return list(_walk(folder))
-    return []
-
-
-def _size(path: Path) -> int:
-    with suppress(OSError):
-        return path.lstat().st_size
-    return 0

@@ -19,7 +19,15 @@ from pathlib import Path
 
 from .errors import OutputError
 
-__all__ = ["atomic_write", "output_errors", "remove_stale", "rename_folder", "sync_folder", "temporary_name"]
+__all__ = [
+    "atomic_write",
+    "folder_size",
+    "output_errors",
+    "remove_stale",
+    "rename_folder",
+    "sync_folder",
+    "temporary_name",
+]
 
 _REMEDIES = {
     errno.ENOSPC: "free some space or write to another disk",
@@ -161,6 +169,16 @@ def _exchange(a: Path, b: Path) -> bool:
     except (OSError, TypeError, AttributeError):  # no such library, or no such call in it
         pass
     return False
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of all files below `folder`, as far as they can be counted."""
+    total = 0
+    for base, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.lstat(os.path.join(base, name)).st_size
+    return total
 
 
 def atomic_write(path: Path | str, data: bytes) -> None:

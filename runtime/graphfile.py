@@ -1,16 +1,14 @@
 """A gate for ONNX files: what a stranger's graph must be before a native parser sees a byte of it.
 
-Only the structure is read, through a memory map: weights are skipped, whatever their size. The field numbers
-are those of onnx.proto (ONNX 1.23). Each rule stands against something measured (spec/bundle.md): a loop hangs
-an engine, an odd `location` crashes one, a hard link or `..` reads files outside the bundle, a huge shape asks
-for memory that is not there.
+Only the structure is read, through a memory map: weights are skipped, whatever their size. Each rule stands
+against something measured (spec/bundle.md): a loop hangs an engine, an odd `location` crashes one, a hard link
+or `..` reads files outside the bundle, a huge shape asks for memory that is not there.
 """
 
 from __future__ import annotations
 
 import mmap
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,7 +16,22 @@ from math import prod
 from pathlib import Path
 
 from .errors import BundleError
-from .protobuf import Reader, message
+from .onnxproto import (
+    ATTRIBUTE,
+    DIM,
+    ENTRY,
+    GRAPH,
+    MODEL,
+    NODE,
+    OPSET,
+    SHAPE,
+    TENSOR,
+    TENSOR_TYPE,
+    TYPE,
+    VALUE,
+    Reader,
+)
+from .plainfiles import plain_size
 
 __all__ = ["check_graph"]
 
@@ -31,7 +44,6 @@ FORBIDDEN_OPS = {"If", "Loop", "Scan", "SequenceMap", "EPContext"}
 MAX_FILE = 2**31 - 1
 """Protobuf cannot hold more."""
 MAX_DIMS = 32
-MAX_NODES = 1_000_000
 
 # TensorProto.DataType -> bits of one element; strings, complex numbers and 6-bit floats have no place here
 BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16}
@@ -39,35 +51,6 @@ BITS |= {17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2, 26: 2}
 # the typed list that may hold a type, when the values are not raw bytes
 TYPED = {1: "float_data", 11: "double_data", 7: "int64_data", 12: "uint64_data", 13: "uint64_data"}
 FIXED = {"float_data": 4, "double_data": 8}
-
-MODEL = message(
-    "1V:ir_version 2L:producer_name 3L:producer_version 4L:domain 5V:model_version 6L:doc_string 7L:graph",
-    "8L:opset_import 14L:metadata 20L:training_info 25L:functions 26L:configuration",
-)
-OPSET = message("1L:domain 2V:version")
-GRAPH = message(
-    "2L:name 10L:doc_string",
-    "1L:node 5L:initializer 15L:sparse 11L:value 12L:value 13L:value 14L:quantization 16L:metadata",
-)
-NODE = message(
-    "3L:name 4L:op_type 6L:doc_string 7L:domain 8L:overload", "1L:input 2L:output 5L:attribute 9L:metadata"
-)
-ATTRIBUTE = message(
-    "1L:name 13L:doc_string 20V:type 2F:f 3V:i 4L:s 5L:tensor 6L:graph 22L:sparse 14L:type_proto "
-    "21L:reference",
-    "7F:floats 7L:floats 8V:ints 8L:ints 9L:strings 10L:tensor 11L:graph 23L:sparse 15L:type_proto",
-)
-TENSOR = message(
-    "2V:data_type 8L:name 12L:doc_string 9L:raw_data 14V:data_location",
-    "1V:dims 1L:dims 4F:float_data 4L:float_data 5V:int32_data 5L:int32_data 7V:int64_data 7L:int64_data "
-    "10D:double_data 10L:double_data 11V:uint64_data 11L:uint64_data 13L:external_data 16L:metadata",
-)
-ENTRY = message("1L:key 2L:value")
-VALUE = message("1L:name 2L:type 3L:doc_string", "4L:metadata")
-TYPE = message("1L:tensor 6L:denotation")
-TENSOR_TYPE = message("1V:elem_type 2L:shape")
-SHAPE = message("", "1L:dim")
-DIM = message("1V:value 2L:parameter 3L:denotation")
 
 
 @dataclass
@@ -91,7 +74,7 @@ def check_graph(path: Path | str, data_files: set[str]) -> None:
     Raises BundleError naming the file and the node or tensor.
     """
     path = Path(path)
-    size = _plain_size(path)
+    size = plain_size(path)
     if not 0 < size <= MAX_FILE:
         raise BundleError(
             f"{path.name}: {size:,} bytes",
@@ -106,18 +89,6 @@ def check_graph(path: Path | str, data_files: set[str]) -> None:
             if data[: len(start)] == start:
                 raise BundleError(f"{path.name} {what}", fix=fix)
         _check_model(_File(path, Reader(path.name, data), data_files))
-
-
-def _plain_size(path: Path) -> int:
-    try:
-        info = path.lstat()
-    except OSError as error:
-        raise BundleError(f"{path}: {error.strerror}", fix="download or export the bundle again") from None
-    if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1:
-        raise BundleError(
-            f"{path} is a link, a folder or a device", expected="a plain file", fix="copy the file here"
-        )
-    return info.st_size
 
 
 def _check_model(f: _File) -> None:
@@ -154,12 +125,8 @@ def _check_model(f: _File) -> None:
 
 def _check_main(f: _File, start: int, end: int, opsets: Mapping[str, int]) -> None:
     names: set[str] = set()
-    nodes = 0
     for name, a, b in f.wire.fields(start, end, GRAPH):
         if name == "node":
-            nodes += 1
-            if nodes > MAX_NODES:
-                f.wire.refuse(f"more than {MAX_NODES:,} nodes")
             _check_node(f, a, b, opsets)
         elif name == "initializer":
             tensor = _check_tensor(f, a, b, "")
@@ -315,7 +282,7 @@ def _check_external(f: _File, external: Mapping[str, str], size: int, where: str
     if name not in f.external:
         if f.external:
             f.wire.refuse(f"{where} lies in {name!r}", f"one data file for all: {next(iter(f.external))!r}")
-        f.external[name] = _plain_size(f.path.with_name(name))
+        f.external[name] = plain_size(f.path.with_name(name))
     offset, length = external.get("offset", "0"), external.get("length", "")
     if not all(re.fullmatch("[0-9]{1,19}", number) for number in (offset, length)):
         f.wire.refuse(f"{where}: offset {offset[:40]!r}, length {length[:40]!r}", "whole numbers")

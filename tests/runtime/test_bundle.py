@@ -19,8 +19,7 @@ from typing import Any
 
 import pytest
 
-from fewstep.runtime import bundle as bundle_module
-from fewstep.runtime import files
+from fewstep.runtime import files, plainfiles
 from fewstep.runtime.bundle import Bundle, BundleWriter
 from fewstep.runtime.errors import BundleError, OutputError
 from fewstep.runtime.manifest import Manifest, PartSpec, SampleSpec
@@ -175,7 +174,7 @@ def test_a_file_that_grows_while_it_is_read_is_noticed(path: Path, monkeypatch: 
 
     opened = json.loads((path / "manifest.json").read_text())
     assert opened["files"]["unet/model.xml"]["bytes"] == 1000
-    monkeypatch.setattr(bundle_module.os, "fstat", fstat_then_grow)
+    monkeypatch.setattr(plainfiles.os, "fstat", fstat_then_grow)
     with pytest.raises(BundleError, match=r"model\.xml"):
         Bundle.open(path)
 
@@ -449,7 +448,7 @@ def test_kill_9_at_any_moment_leaves_the_old_bundle_or_the_new_one(tmp_path: Pat
         process = subprocess.Popen([sys.executable, "-c", script(dest)], stdout=subprocess.PIPE)
         assert process.stdout is not None
         process.stdout.readline()
-        time.sleep(i * 0.007)
+        time.sleep(i * 0.03)
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fewstep.runtime import onnxproto
 from fewstep.runtime.errors import BundleError
 from fewstep.runtime.graphfile import check_graph
 
@@ -304,6 +305,17 @@ def test_a_negative_size_is_refused(check: Callable[..., None]) -> None:
     m = model()
     m.graph.initializer[0].dims[0] = -2
     with pytest.raises(BundleError, match="'weight' has a negative size"):
+        check(m)
+
+
+def test_millions_of_empty_fields_are_refused_before_they_cost_time(
+    check: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxproto.Reader.__init__, "__defaults__", (1000,))
+    m = model()
+    for _ in range(1000):
+        m.graph.node[1].attribute.add()
+    with pytest.raises(BundleError, match="fields"):
         check(m)
 
 
