@@ -1,0 +1,1 @@
+"""Passes that teach a smaller or faster model from a larger one. None yet."""

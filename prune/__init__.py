@@ -1,0 +1,1 @@
+"""Passes that remove structure: whole heads, channels and blocks. None yet."""
