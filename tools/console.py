@@ -25,6 +25,7 @@ __all__ = [
     "human_bytes",
     "human_rate",
     "human_seconds",
+    "needs",
     "note",
     "positive",
     "table",
