@@ -69,7 +69,7 @@ class Worker:
     def __init__(self, label: str, path: Path, threads: int | None) -> None:
         self.label = label
         self.began = time.perf_counter()
-        command = [sys.executable, "-m", "fewstep.tools.worker", str(path)]
+        command = [sys.executable, "-P", "-m", "fewstep.tools.worker", str(path)]
         self.process = subprocess.Popen(
             command + ([str(threads)] if threads else []),
             stdin=subprocess.PIPE,

@@ -115,11 +115,10 @@ def _pictures(report: Mapping[str, Any], pictures: Mapping[str, Sequence[str]]) 
 
 def _timings(bundles: Sequence[Mapping[str, Any]]) -> str:
     parts, rows = [], []
-    for key, title in SERIES.items():
+    for key, title in COMPARED.items():
         series = [(b["label"], [1000 * s for s in b["samples"]["warm"].get(key, [])]) for b in bundles]
-        if not any(samples for _, samples in series):
-            continue
-        parts.append(f"<p class='small'><b>{title}</b></p>{strips(series, 'ms')}")
+        if key in SERIES and any(samples for _, samples in series):
+            parts.append(f"<p class='small'><b>{title}</b></p>{strips(series, 'ms')}")
         for b in bundles:
             if (s := b["summary"].get(key, {})).get("n"):
                 cells = "".join(f'<td class="n">{human_seconds(s[p])}</td>' for p in ("p50", "p90", "p99"))

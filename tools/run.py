@@ -15,10 +15,11 @@ import numpy as np
 
 from .. import __version__
 from ..runtime.errors import BadInput, OutputError
+from ..runtime.pipeline import Pipeline
 from ..runtime.png import write_png
 from .console import Answer, add_threads, bar, human_seconds
 
-__all__ = ["add", "call", "metadata"]
+__all__ = ["add", "call", "describe", "grid", "parameters"]
 
 MAX_COUNT = 1000
 GRID_GAP = 4
@@ -45,8 +46,6 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def call(args: argparse.Namespace) -> Answer:
     _check(args)
-    from ..runtime import Pipeline
-
     pipeline = Pipeline.from_pretrained(args.bundle, low_memory=args.low_memory, threads=args.threads)
     digest = hashlib.sha256((args.bundle / "manifest.json").read_bytes()).hexdigest()
     written: list[dict[str, Any]] = []
@@ -67,14 +66,15 @@ def call(args: argparse.Namespace) -> Answer:
                 output_type="np",
             )
             output = _drawn(drawing, partial(_share, update, i, args.count))
-            picture = np.round(np.asarray(output.images[0]) * 255).clip(0, 255).astype(np.uint8)
+            picture = np.rint(output.images[0] * 255).astype(np.uint8)
             path = args.output if args.count == 1 else _numbered(args.output, i)
-            text = metadata(args, pipeline.manifest, output.plan, args.seed + i, picture.shape, digest)
+            record = describe(pipeline, output, args, digest)
+            text = {"parameters": parameters(record), "fewstep": json.dumps(record, ensure_ascii=False)}
             write_png(path, picture, text)
             pictures.append(picture)
             written.append({"file": str(path), "seed": args.seed + i, "seconds": dict(output.timings)})
         update(1.0, "done")
-    data: dict[str, Any] = {"images": written, **json.loads(text["fewstep"])}
+    data: dict[str, Any] = {"images": written, **record}
     if args.grid and args.count > 1:
         path = args.output.with_stem(f"{args.output.stem}-grid")
         write_png(path, grid(pictures), {"Software": f"fewstep {__version__}"})
@@ -82,40 +82,42 @@ def call(args: argparse.Namespace) -> Answer:
     return Answer(data, _text(written, data))
 
 
-def metadata(
-    args: argparse.Namespace, manifest: Any, plan: Any, seed: int, shape: tuple[int, ...], digest: str
-) -> dict[str, str]:
-    """PNG text: `parameters` as AUTOMATIC1111's web UI writes it and others read it; `fewstep`: JSON."""
-    guidance = args.guidance if args.guidance is not None else manifest.guidance.scale
-    record = {
+def describe(pipeline: Pipeline, output: Any, args: argparse.Namespace, digest: str) -> dict[str, Any]:
+    """How one image was made: everything needed to draw it again."""
+    manifest = pipeline.manifest
+    height, width = output.images.shape[1:3]
+    return {
         "prompt": args.prompt,
         "negative_prompt": args.negative_prompt,
         "class_label": args.class_label,
-        "seed": seed,
-        "steps": plan.steps,
-        "sampler": plan.sampler,
-        "plan": "default" if args.steps is None and args.sampler is None else "traced",
-        "guidance": guidance,
-        "height": shape[0],
-        "width": shape[1],
+        "seed": output.seeds[0],
+        "steps": output.plan.steps,
+        "sampler": output.plan.sampler,
+        "plan": "default" if output.plan == pipeline.plan() else "traced",
+        "guidance": manifest.guidance.scale if args.guidance is None else args.guidance,
+        "height": height,
+        "width": width,
         "bundle": {"name": manifest.name, "sha256": digest},
         "fewstep": __version__,
     }
+
+
+def parameters(record: dict[str, Any]) -> str:
+    """The same in the form of AUTOMATIC1111's web UI, which other programs read."""
     fields = {
-        "Steps": plan.steps,
-        "Sampler": plan.sampler,
-        "CFG scale": f"{guidance:g}",
-        "Seed": seed,
-        "Size": f"{shape[1]}x{shape[0]}",
-        "Model hash": digest[:10],
-        "Model": manifest.name,
-        "Version": f"fewstep {__version__}",
+        "Steps": record["steps"],
+        "Sampler": record["sampler"],
+        "CFG scale": f"{record['guidance']:g}",
+        "Seed": record["seed"],
+        "Size": f"{record['width']}x{record['height']}",
+        "Model hash": record["bundle"]["sha256"][:10],
+        "Model": record["bundle"]["name"],
+        "Version": f"fewstep {record['fewstep']}",
     }
-    lines = [args.prompt or ""]
-    if args.negative_prompt:
-        lines.append(f"Negative prompt: {args.negative_prompt}")
-    lines.append(", ".join(f"{key}: {value}" for key, value in fields.items()))
-    return {"parameters": "\n".join(lines), "fewstep": json.dumps(record, ensure_ascii=False)}
+    lines = [record["prompt"] or ""]
+    if record["negative_prompt"]:
+        lines.append(f"Negative prompt: {record['negative_prompt']}")
+    return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in fields.items())])
 
 
 def _share(update: Callable[[float, str], None], i: int, count: int, part: float) -> None:
