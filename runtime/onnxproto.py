@@ -31,7 +31,7 @@ __all__ = [
 MAX_NAME = 1 << 16
 """Bytes of one name or text that is read."""
 MAX_FIELDS = 4_000_000
-"""Fields read in all: bounds time to seconds and memory to megabytes. A UNet with 2,700 nodes has 100,000."""
+"""Fields read in all: bounds time to seconds and memory to megabytes. UNets exported here had up to 44,000."""
 MAX_PACKED = 32
 """Numbers of one packed list that is read: dimensions."""
 
