@@ -151,6 +151,8 @@ def _check_node(f: _File, start: int, end: int, opsets: Mapping[str, int]) -> No
             domain = f.wire.text(a, b)
         elif name == "name":
             label = f.wire.text(a, b)
+        elif name in ("input", "output"):
+            f.wire.text(a, b)  # UTF-8, or ONNX Runtime's own error about it cannot be decoded
         elif name == "overload" and b > a:
             f.wire.refuse(f"node {label[:80]!r} calls a function")
     where = f"node {label[:80]!r} ({op[:80]})"
@@ -162,7 +164,9 @@ def _check_node(f: _File, start: int, end: int, opsets: Mapping[str, int]) -> No
         f.wire.refuse(where, "no control flow and no embedded engine contexts")
     for a, b in attributes:
         for name, start, end in f.wire.fields(a, b, ATTRIBUTE):
-            if name == "tensor":
+            if name == "name":
+                f.wire.text(start, end)
+            elif name == "tensor":
                 _check_tensor(f, start, end, where)
             elif name in ("graph", "sparse", "type_proto", "reference"):
                 f.wire.refuse(

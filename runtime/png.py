@@ -103,10 +103,8 @@ def filtered(image: NDArray[np.uint8]) -> bytes:
         3: here - ((left.astype(np.uint16) + up) // 2).astype(np.uint8),
         4: here - paeth(left, up, corner),
     }
-    cost = [
-        np.abs(rows.view(np.int8).astype(np.int16)).sum(axis=1, dtype=np.int64)
-        for rows in candidates.values()
-    ]
+    signed = [rows.view(np.int8).astype(np.int16) for rows in candidates.values()]
+    cost = [np.abs(rows).sum(axis=1, dtype=np.int64) for rows in signed]
     best = np.argmin(cost, axis=0)
     out = np.empty((h, 1 + w * channels), dtype=np.uint8)
     for i, (number, rows) in enumerate(candidates.items()):

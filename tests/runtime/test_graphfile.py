@@ -472,6 +472,14 @@ def test_a_field_of_the_wrong_wire_type_is_refused(check: Callable[..., None]) -
         check(b"\x0a\x01\x0a" + model().SerializeToString())
 
 
+@pytest.mark.parametrize("name", [b"xw", b"bias", b"value"])
+def test_a_name_that_is_not_utf8_is_refused(check: Callable[..., None], name: bytes) -> None:
+    data = model().SerializeToString()
+    assert name in data
+    with pytest.raises(BundleError, match="not UTF-8"):
+        check(data.replace(name, b"\xff" * len(name)))
+
+
 def test_a_model_without_a_graph_is_refused(check: Callable[..., None]) -> None:
     with pytest.raises(BundleError, match="no graph"):
         check(helper.make_model(helper.make_graph([], "", [], []), ir_version=10).SerializeToString()[:2])
