@@ -41,7 +41,8 @@ COMPARED = ("image", "step", "text", "decode", "core", "cold")
 """core: processor time an image; cold: a fresh process up to its first image."""
 
 MARGIN = 0.01
-"""Two processes that run the same bundle differ by up to about this much: memory layout, not the bundle."""
+"""Smaller differences get no name: two processes of one program can differ so much by the luck of their memory
+layout alone (Mytkowicz et al., Producing Wrong Data Without Doing Anything Obviously Wrong!, ASPLOS 2009)."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
