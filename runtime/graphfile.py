@@ -18,8 +18,10 @@ from pathlib import Path
 from .errors import BundleError
 from .onnxproto import (
     ATTRIBUTE,
+    BITS,
     DIM,
     ENTRY,
+    FIXED,
     GRAPH,
     MODEL,
     NODE,
@@ -28,6 +30,7 @@ from .onnxproto import (
     TENSOR,
     TENSOR_TYPE,
     TYPE,
+    TYPED,
     VALUE,
     Reader,
 )
@@ -44,13 +47,6 @@ FORBIDDEN_OPS = {"If", "Loop", "Scan", "SequenceMap", "EPContext"}
 MAX_FILE = 2**31 - 1
 """Protobuf cannot hold more."""
 MAX_DIMS = 32
-
-# TensorProto.DataType -> bits of one element; strings, complex numbers and 6-bit floats have no place here
-BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16}
-BITS |= {17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2, 26: 2}
-# the typed list that may hold a type, when the values are not raw bytes
-TYPED = {1: "float_data", 11: "double_data", 7: "int64_data", 12: "uint64_data", 13: "uint64_data"}
-FIXED = {"float_data": 4, "double_data": 8}
 
 
 @dataclass

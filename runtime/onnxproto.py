@@ -14,8 +14,10 @@ from .errors import BundleError
 
 __all__ = [
     "ATTRIBUTE",
+    "BITS",
     "DIM",
     "ENTRY",
+    "FIXED",
     "GRAPH",
     "MODEL",
     "NODE",
@@ -24,6 +26,7 @@ __all__ = [
     "TENSOR",
     "TENSOR_TYPE",
     "TYPE",
+    "TYPED",
     "VALUE",
     "Reader",
 ]
@@ -83,6 +86,14 @@ TYPE = message("1L:tensor 6L:denotation")
 TENSOR_TYPE = message("1V:elem_type 2L:shape")
 SHAPE = message("", "1L:dim")
 DIM = message("1V:value 2L:parameter 3L:denotation")
+
+
+# TensorProto.DataType -> bits of one element; strings, complex numbers and 6-bit floats have no place here
+BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16}
+BITS |= {17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2, 26: 2}
+# the typed list that may hold a type, when the values are not raw bytes
+TYPED = {1: "float_data", 11: "double_data", 7: "int64_data", 12: "uint64_data", 13: "uint64_data"}
+FIXED = {"float_data": 4, "double_data": 8}
 
 
 @dataclass

@@ -87,8 +87,8 @@ def _text(keyword: str, value: str) -> bytes:
 def filtered(image: NDArray[np.uint8]) -> bytes:
     """Rows as differences to their neighbours, which deflate packs better; each row begins with its filter's number.
 
-    Of the filters None, Sub, Up, Average and Paeth (9.2) a row takes the one with the least sum of absolute differences, the
-    rule of thumb of 12.7.
+    Of the filters None, Sub, Up, Average and Paeth (9.2) a row takes the one with the least sum of absolute
+    differences, the rule of thumb of 12.7.
     """
     h, w, channels = image.shape
     here = image.reshape(h, w * channels)
