@@ -1,6 +1,12 @@
 """`fewstep bench`: measure bundles in turn, compare them, and leave report.json and report.html.
 
 The JSON document (schema 1) keeps every raw sample: whoever doubts a percentile can compute another.
+
+    schema, kind, created, command   what this file is and the line that made it
+    job, host                        prompts, steps, runs, threads; what is known of the host (tools/host.py)
+    bundles[]                        label, sha256 of the manifest, sizes, the gate's numbers, and of each series
+                                     `samples` (raw, seconds and bytes) and `summary` (n, p50, p90, p99, min, max)
+    comparisons[]                    a, b, metric, ratio with its 95 % interval, verdict (tools/stats.py)
 """
 
 from __future__ import annotations
@@ -35,7 +41,7 @@ __all__ = ["SCHEMA", "add", "bench", "call"]
 
 SCHEMA = 1
 
-PROMPTS = ("a red apple", "a cat and a dog", "a sailing boat on a blue background", "a house")
+PROMPTS = ("a red apple", "a cat and a dog", "a sailboat on a blue background", "a house")
 
 COMPARED = ("image", "step", "text", "decode", "core", "cold")
 """core: processor time an image; cold: a fresh process up to its first image."""

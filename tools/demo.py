@@ -20,13 +20,13 @@ __all__ = ["add", "call", "contact_sheet"]
 
 PROMPTS = (
     "a rooster on a blue background",
-    "a red apple on a white background",
+    "a red apple",
     "a rooster and a tooth on a blue background",
     "a sailboat on a yellow background",
     "a grinning face on a green background",
     "a rocket on a black background",
     "an octopus on a pink background",
-    "a guitar and a hamburger on a gray background",
+    "a guitar and a hamburger on a grey background",
 )
 
 SEED = 7

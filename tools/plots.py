@@ -19,12 +19,12 @@ AXIS = 22
 
 
 def ticks(top: float, about: int = 4) -> list[float]:
-    """Round numbers from 0 up to and not past `top`, steps of 1, 2 or 5 times a power of ten."""
+    """Round numbers from 0 up to and not past `top`, steps of 1, 2, 2.5 or 5 times a power of ten."""
     if not (top > 0 and math.isfinite(top)):
         return [0.0]
     raw = top / about
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     return [i * step for i in range(int(top / step * 1.0001) + 1)]
 
 

@@ -178,7 +178,7 @@ def _quality(bundles: Sequence[Mapping[str, Any]]) -> str:
         if rows:
             table = _table(("what the gate measured at export", ""), rows, numbers=1)
             parts.append(
-                f"<details><summary>{escape(b['label'])}: {len(rows)} numbers</summary>{table}</details>"
+                f"<details><summary>{escape(b['label'])}: {len(rows)} number{'s' if len(rows) != 1 else ''}</summary>{table}</details>"
             )
     return (
         _section("Against the original", "Measured when the bundle was made.", "".join(parts))

@@ -196,8 +196,8 @@ def test_bad_numbers_are_refused(words, capsys):
 
 
 def test_ticks_are_round_and_reach_the_top():
-    assert ticks(1.0) == pytest.approx([0, 0.5, 1.0])
-    assert ticks(9) == pytest.approx([0, 5])
+    assert ticks(1.0) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert ticks(9) == pytest.approx([0, 2.5, 5, 7.5])
     assert ticks(237) == pytest.approx([0, 100, 200])
     assert ticks(0) == [0.0]
     assert ticks(float("nan")) == [0.0]
