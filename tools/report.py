@@ -177,9 +177,7 @@ def _quality(bundles: Sequence[Mapping[str, Any]]) -> str:
         rows = [f"<td>{escape(k)}</td><td class='n'>{escape(v)}</td>" for k, v in flatten(b["quality"])]
         if rows:
             table = _table(("what the gate measured at export", ""), rows, numbers=1)
-            parts.append(
-                f"<details><summary>{escape(b['label'])}: {len(rows)} number{'s' if len(rows) != 1 else ''}</summary>{table}</details>"
-            )
+            parts.append(f"<details><summary>{escape(b['label'])} ({len(rows)})</summary>{table}</details>")
     return (
         _section("Against the original", "Measured when the bundle was made.", "".join(parts))
         if parts
