@@ -1,0 +1,147 @@
+"""Lower one Part to an ONNX graph that ONNX Runtime's CPU runs well.
+
+torch.export traces the part once, with free axes where its TensorSpecs name them; torch.onnx translates it; clean.py
+rewrites what the engine is slow at. Weights are written once, straight from torch's memory.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from ..model.libraries import library, quiet, torch
+from ..model.model import Part
+from ..runtime.errors import CheckpointError, MissingExtra
+from ..runtime.manifest import PartSpec
+from .retrace import as_traced, simplify
+
+__all__ = ["DEFAULT_OPSET", "Traced", "trace", "write"]
+
+DEFAULT_OPSET = 20
+"""What torch.onnx.export writes when not told otherwise (torch 2.13): the un-optimized export speed is compared with."""
+
+INLINE_BYTES = 64 << 20
+"""Graphs with more weights than this keep them in model.onnx_data beside the graph. Protobuf ends at 2 GiB; below that
+external weights are mapped instead of parsed, and copied once instead of twice. Smaller graphs are one file, which is
+easier to ship. optimum writes external data from 2 GB on and reads both."""
+
+
+class Traced:
+    """A part traced by torch.export: one trace serves several translations."""
+
+    def __init__(self, part: Part, program: Any) -> None:
+        self.part, self.program = part, program
+
+
+def trace(part: Part) -> Traced:
+    """Trace a part with the free axes of its TensorSpecs. Raises CheckpointError where torch cannot."""
+    th = torch()
+    sizes = (
+        part.example.other_sizes()
+    )  # batch is not 1 and height not width: equal sizes would be taken for one axis
+    feeds = part.example.feeds(part.inputs, sizes, seed=0)
+    arguments = tuple(th.from_numpy(array) for array in feeds.values())
+    free = tuple(
+        {axis: th.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+        for spec in part.inputs
+    )
+    varargs = "inputs" in _argument_names(part.module)  # Adapted.forward(*inputs) takes one tuple
+    try:
+        with quiet(), th.no_grad():
+            program = th.export.export(
+                part.module, arguments, dynamic_shapes=(free,) if varargs else free, strict=False
+            )
+    except Exception as error:
+        raise CheckpointError(
+            f"torch.export cannot trace {part.name} ({type(error).__name__}: {_cause(error)})",
+            expected="tensor code without branches on values",
+            fix="give the axes it needs fixed a number (Model.from_module(..., dynamic=('batch',)))",
+        ) from error
+    simplify(program)
+    return Traced(part, program)
+
+
+def write(
+    traced: Traced, folder: Path, *, opset: int = 23, fuse_attention: bool = True, optimize: bool = True
+) -> PartSpec:
+    """Write folder/model.onnx, and folder/model.onnx_data where the weights are large; returns its spec.
+
+    opset           the ONNX operator set
+    fuse_attention  use ONNX Runtime's fused attention kernel
+    optimize        False: exactly what torch.onnx.export makes by itself, whatever the other two say
+    The same part gives the same bytes. Raises CheckpointError where torch.onnx cannot translate the part.
+    """
+    part = traced.part
+    try:
+        from . import clean
+    except ModuleNotFoundError as error:
+        raise MissingExtra.of("onnx-ir", "export") from error
+    library("onnxscript")
+    ir = library("onnx_ir")
+    graph = _translate(traced, opset if optimize else DEFAULT_OPSET)
+    if optimize:
+        clean.spell_out_group_norm(graph)
+        if fuse_attention:
+            clean.fuse_attention(graph)
+        clean.tidy(graph)
+    clean.strip(graph)
+    _name_axes(ir, graph, part)
+    folder.mkdir(parents=True, exist_ok=True)
+    external = part.weight_bytes() > INLINE_BYTES
+    # one worker: tensors lie in the file in the graph's order, and only one of them is in flight
+    ir.save(
+        graph, folder / "model.onnx", external_data="model.onnx_data" if external else None, max_workers=1
+    )
+    return PartSpec("onnxruntime", f"{part.name}/model.onnx", part.inputs, part.outputs)
+
+
+def _translate(traced: Traced, opset: int) -> Any:
+    """The program as an onnx-ir model."""
+    with quiet():
+        try:
+            with as_traced() as possible:
+                if possible:
+                    return _translated(traced, opset)
+        except Exception:
+            pass
+        try:
+            return _translated(traced, opset)
+        except Exception as error:
+            raise CheckpointError(
+                f"torch.onnx cannot translate {traced.part.name} ({type(error).__name__}: {_cause(error)})",
+                fix="replace the operation it names, or report it with the model's configuration",
+            ) from error
+
+
+def _translated(traced: Traced, opset: int) -> Any:
+    program = torch().onnx.export(
+        traced.program,
+        dynamo=True,
+        opset_version=opset,
+        input_names=[spec.name for spec in traced.part.inputs],
+        output_names=[spec.name for spec in traced.part.outputs],
+        verbose=False,
+    )
+    return program.model
+
+
+def _name_axes(ir: Any, graph: Any, part: Part) -> None:
+    """Give inputs and outputs the shapes of the specs: torch.export calls free axes s53."""
+    for values, specs in ((graph.graph.inputs, part.inputs), (graph.graph.outputs, part.outputs)):
+        for value, spec in zip(values, specs, strict=True):
+            value.name = spec.name
+            value.shape = ir.Shape(spec.shape)
+
+
+def _argument_names(module: Any) -> list[str]:
+    return [
+        name for name, p in inspect.signature(module.forward).parameters.items() if p.kind is p.VAR_POSITIONAL
+    ]
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason, in one line: torch wraps it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())[:300]

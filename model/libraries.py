@@ -1,0 +1,61 @@
+"""The heavy libraries of the toolchain, imported when first used; a missing one is an error that says what to install."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from ..runtime.errors import MissingExtra
+
+__all__ = ["diffusers", "library", "quiet", "torch", "transformers"]
+
+
+def library(name: str) -> Any:
+    """Import a library of the `export` extra. Raises MissingExtra with the pip command."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name.partition(".")[0]:
+            raise
+        raise MissingExtra.of(error.name, "export") from None
+
+
+def torch() -> Any:
+    return library("torch")
+
+
+def diffusers() -> Any:
+    torch()  # diffusers imports without it, and fails much later
+    return library("diffusers")
+
+
+def transformers() -> Any:
+    return library("transformers")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, diffusers, transformers and torch neither warn nor draw progress bars: what matters, we say."""
+    names = ("diffusers", "transformers", "torch.onnx", "torch.export", "onnxscript", "onnx_ir")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    bars = [library(name).utils.logging for name in ("diffusers", "transformers")]
+    shown = [bar.is_progress_bar_enabled() for bar in bars]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        for bar in bars:
+            bar.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        for bar, on in zip(bars, shown, strict=True):
+            if on:
+                bar.enable_progress_bar()

@@ -1,0 +1,91 @@
+"""The parts of a pipeline as modules with plain tensor arguments: what an exporter can trace.
+
+Argument order is the part's input order. Imported only where torch is already needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["Adapted", "Decoder", "LabelledDenoiser", "PlainDenoiser", "TextDenoiser", "TextEncoder"]
+
+Tensor = Any
+
+
+class TextDenoiser(torch.nn.Module):  # type: ignore[misc]
+    """sample [batch, channels, height, width], timestep [batch], encoder_hidden_states [batch, length, width]."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        return self.network(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+
+
+class PlainDenoiser(torch.nn.Module):  # type: ignore[misc]
+    """A network without conditioning: sample [batch, channels, height, width], timestep [batch]."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return self.network(sample, timestep, return_dict=False)[0]
+
+
+class LabelledDenoiser(torch.nn.Module):  # type: ignore[misc]
+    """A class-conditional network: sample, timestep [batch], class_labels [batch] int64.
+
+    DiT predicts the noise and, in further channels, its variance; samplers use the noise alone.
+    """
+
+    def __init__(self, network: Any, channels: int) -> None:
+        super().__init__()
+        self.network, self.channels = network, channels
+
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
+        predicted = self.network(sample, timestep=timestep, class_labels=class_labels, return_dict=False)[0]
+        return predicted[:, : self.channels]
+
+
+class Decoder(torch.nn.Module):  # type: ignore[misc]
+    """latent_sample [batch, channels, height / factor, width / factor] -> image in [-1, 1]."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.decoder, self.post_quant_conv = vae.decoder, getattr(vae, "post_quant_conv", None)
+
+    def forward(self, latent_sample: Tensor) -> Tensor:
+        if self.post_quant_conv is not None:
+            latent_sample = self.post_quant_conv(latent_sample)
+        return self.decoder(latent_sample)
+
+
+class TextEncoder(torch.nn.Module):  # type: ignore[misc]
+    """input_ids [batch, length] int64 -> last_hidden_state [batch, length, width], pooler_output [batch, width]."""
+
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.encoder(input_ids)
+        return output.last_hidden_state, output.pooler_output
+
+
+class Adapted(torch.nn.Module):  # type: ignore[misc]
+    """Any module behind `call(module, sample, timestep[, class_labels])`; see Model.from_module."""
+
+    def __init__(self, module: Any, call: Callable[..., Any] | None) -> None:
+        super().__init__()
+        self.module, self.call = module, call
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        output = self.module(*inputs) if self.call is None else self.call(self.module, *inputs)
+        if hasattr(output, "sample"):  # what diffusers models return
+            return output.sample
+        return output[0] if isinstance(output, tuple) else output

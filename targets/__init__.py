@@ -1,0 +1,166 @@
+"""Targets: a device as data. One TOML file a device beside this module; a new device is a new file and no code."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from ..runtime.errors import BadInput
+
+__all__ = ["Backend", "Device", "Limits", "Quality", "Recipe", "Target", "known_targets", "load_target"]
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Device:
+    name: str
+    kind: str
+    """cpu, gpu, npu or phone."""
+    memory_mib: int
+
+
+@dataclass(frozen=True)
+class Backend:
+    engine: str
+    """The runtime backend that opens the graphs."""
+    opset: int
+    """The ONNX operator set graphs are written in."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    precisions: tuple[str, ...]
+    dynamic_shapes: bool
+    """Whether batch and size stay free in the graphs."""
+    peak_memory_mib: int
+    part_mib: int
+    """The largest single graph with its weights."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Floors of the gate."""
+
+    part_relative_error: float
+    """Largest RMS of the error over RMS of the original's output, over all inputs tried."""
+    part_snr_db: float
+    pipeline_psnr_db: float
+    """Of decoded images in [0, 1] against the original pipeline with equal seeds."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an export does unless told otherwise."""
+
+    passes: tuple[str, ...] = ()
+    sampler: str = "model"
+    """A traced sampler by name, or "model": the scheduler the checkpoint came with."""
+    steps: int = 20
+    fuse_attention: bool = True
+    """Use the engine's fused attention kernel where it is one."""
+
+
+@dataclass(frozen=True)
+class Target:
+    id: str
+    """The file's name without .toml; what --target takes."""
+    device: Device
+    backend: Backend
+    limits: Limits
+    quality: Quality
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def to_json(self) -> dict[str, Any]:
+        """Name and limits as the manifest of a bundle carries them."""
+        tables = ("device", "backend", "limits", "quality")
+        return {"id": self.id} | {table: _plain(dataclasses.asdict(getattr(self, table))) for table in tables}
+
+    def with_recipe(self, file: Path) -> Target:
+        """This target with the [recipe] keys of another TOML file put over its own. Raises BadInput."""
+        tables = _read(file)
+        if set(tables) - {"recipe"}:  # the keys may stand alone or in a [recipe] table
+            tables = {"recipe": tables}
+        return replace(
+            self, recipe=_table(Recipe, tables.get("recipe", {}), file, "recipe", over=self.recipe)
+        )
+
+
+def known_targets() -> tuple[str, ...]:
+    return tuple(sorted(file.stem for file in FOLDER.glob("*.toml")))
+
+
+def load_target(name: str) -> Target:
+    """Read targets/NAME.toml. Raises BadInput naming the file, the table and the keys at fault."""
+    if name not in known_targets():
+        raise BadInput(
+            f"unknown target {name!r}", expected=" or ".join(known_targets()), fix="fewstep targets"
+        )
+    return read_target(FOLDER / f"{name}.toml")
+
+
+def read_target(file: Path) -> Target:
+    """Read any target file; see `load_target`."""
+    tables = _read(file)
+    kinds = {"device": Device, "backend": Backend, "limits": Limits, "quality": Quality, "recipe": Recipe}
+    _same_keys(file, "top level", set(tables), set(kinds), set(kinds) - {"recipe"})
+    read = {name: _table(kind, tables.get(name, {}), file, name) for name, kind in kinds.items()}
+    return Target(file.stem, **read)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{file} cannot be read ({error})", fix="check the path") from None
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{file} is not valid TOML: {error}", fix="correct that line") from None
+
+
+def _table(kind: type, data: Any, file: Path, name: str, over: Any = None) -> Any:
+    """One table as a dataclass; `over` gives the values of keys that are absent."""
+    if not isinstance(data, Mapping):
+        raise BadInput(f"{file}: {name} is {data!r}", expected=f"a table [{name}]")
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    needed = {
+        key
+        for key, item in fields.items()
+        if item.default is dataclasses.MISSING
+        and item.default_factory is dataclasses.MISSING
+        and over is None
+    }
+    _same_keys(file, f"[{name}]", set(data), set(fields), needed)
+    hints = get_type_hints(kind)
+    values = {key: _value(value, hints[key], f"{file}: [{name}] {key}") for key, value in data.items()}
+    return kind(**values) if over is None else replace(over, **values)
+
+
+def _same_keys(file: Path, where: str, found: set[str], known: set[str], needed: set[str]) -> None:
+    if found - known:
+        unknown = ", ".join(sorted(found - known))
+        raise BadInput(f"{file}: {where} has unknown keys: {unknown}", expected=", ".join(sorted(known)))
+    if needed - found:
+        raise BadInput(
+            f"{file}: {where} lacks {', '.join(sorted(needed - found))}", expected=", ".join(sorted(known))
+        )
+
+
+def _value(value: Any, kind: Any, where: str) -> Any:
+    if get_origin(kind) is tuple:
+        item = get_args(kind)[0]
+        if not isinstance(value, list) or not all(isinstance(entry, item) for entry in value):
+            raise BadInput(f"{where} is {value!r}", expected=f"a list of {item.__name__}")
+        return tuple(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise BadInput(f"{where} is {value!r}", expected=f"{kind.__name__}")
+    return value
+
+
+def _plain(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in data.items()}
