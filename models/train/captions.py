@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,28 +11,9 @@ from pathlib import Path
 EMOJI_TEST = Path("/usr/share/unicode/emoji/emoji-test.txt")
 ANNOTATIONS = Path("/usr/share/unicode/cldr/common/annotations/en.xml")
 
-# Plural-looking words that are singular, and words that take no article although they look countable.
-_SINGULAR_S = {"cactus", "lotus", "octopus", "bus", "trolleybus", "minibus", "compass", "dress", "cross"}
-_SINGULAR_S |= {"moais", "circus", "glass", "bass", "walrus", "hibiscus", "canvas", "princess", "platypus"}
-_SINGULAR_S |= {"seamless", "yes", "atlas", "fleur-de-lis", "chess", "abacus", "rhinoceros", "hippopotamus"}
-_BARE = {
-    *("tennis baseball softball basketball volleyball badminton lacrosse bowling bacon bread broccoli garlic").split(),
-    *("butter salt ice popcorn sushi spaghetti custard candy sake yarn soap wood fire fog confetti").split(),
-    *("construction luggage money mail dna soccer curling fondue oden dango falafel fencing camping cooking").split(),
-    *("performing arts|zzz|om|milky way|mount fuji|santa claus|mrs. claus|statue of liberty|tokyo tower").split("|"),
-    *("ice cream|soft ice cream|shaved ice|cooked rice|curry rice|baguette bread|canned food|meat on bone").split("|"),
-    *("flatbread|stuffed flatbread|bubble tea|ice hockey|field hockey|ping pong|american football").split("|"),
-    *("rugby football|horse racing|light rail|hundred points|heavy equals sign|yin yang|breast-feeding").split("|"),
-    *("high voltage|passport control|baggage claim|left luggage|non-potable water|potable water").split("|"),
-    *("no entry|no bicycles|no smoking|no littering|no pedestrians|no mobile phones|red hair").split("|"),
-    *("no one under eighteen|water closet|vibration mode|part alternation mark|children crossing").split("|"),
-    *("fish and chips|sheaf of rice|bow and arrow|nut and bolt|hammer and pick|hammer and wrench").split("|"),
-    *("fork and knife|fork and knife with plate|couch and lamp|skull and crossbones|star and crescent").split("|"),
-    *("building construction|airplane departure|airplane arrival|moon viewing ceremony|wheel of dharma").split("|"),
-    *("wireless|prohibited|foggy|sunset|sunrise|locked|unlocked|radioactive|biohazard|registered").split("|"),
-    *("multiply|plus|minus|divide|infinity|copyright|cinema|customs|information|dashing away|love-you gesture").split("|"),
-    *("rolling on the floor laughing|star-struck|locked with pen|locked with key|coral|collision|dizzy|warning|hockey|link|pouring liquid").split("|"),
-}
+_WORDS = tomllib.loads((Path(__file__).parent / "config.toml").read_text())["captions"]
+_SINGULAR_S = set(_WORDS["singular"])  # plural-looking words that are singular
+_BARE = set(_WORDS["bare"])  # names that take no article although they look countable
 _BARE_SUBGROUPS = {"zodiac", "math"}
 _VOWEL_SOUND = re.compile(r"^(?:[aeio]|u(?!ni|ti|s[ei]|t[ie]|kul)|x-|sos|ng |hour|atm|mx |8)", re.IGNORECASE)
 _CONSONANT_SOUND = re.compile(r"^(?:one|ewe|eu|once|unicorn|uni|uk)", re.IGNORECASE)
@@ -63,7 +45,13 @@ def with_article(name: str, subgroup: str = "") -> str:
     plural = last.endswith("s") and last not in _SINGULAR_S and not last.endswith(("ss", "us"))
     plural = plural or head.split()[0] in {"people", "men", "women", "palms", "two"}
     clock = "o'clock" in name or name.endswith("-thirty")
-    if plural or clock or name in _BARE or subgroup in _BARE_SUBGROUPS or name.startswith(("1st", "2nd", "3rd", "thumbs")):
+    if (
+        plural
+        or clock
+        or name in _BARE
+        or subgroup in _BARE_SUBGROUPS
+        or name.startswith(("1st", "2nd", "3rd", "thumbs"))
+    ):
         return name
     an = _VOWEL_SOUND.match(name) and not _CONSONANT_SOUND.match(name)
     return f"{'an' if an else 'a'} {name}"

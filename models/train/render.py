@@ -7,9 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-
 from captions import Emoji, load_emoji
+from PIL import Image, ImageDraw, ImageFont
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 SIZE = 64
@@ -81,7 +80,9 @@ class Catalogue:
             if glyph is None:
                 self.dropped.append((item.caption, "blank"))
                 continue
-            small = np.asarray(_paste(_background((255, 255, 255)), glyph, STANDARD, 0.5, 0.5), np.int16)
+            small = np.asarray(
+                _paste(_background((255, 255, 255)), _resized(glyph, STANDARD), 0.5, 0.5), np.int16
+            )
             if self.emoji:
                 gap = np.abs(kept[: len(self.emoji)] - small).mean(axis=(1, 2, 3))
                 if gap.min() < SAME_PICTURE:
@@ -109,22 +110,29 @@ def _background(colour: tuple[int, int, int]) -> Image.Image:
     return Image.new("RGB", (SIZE, SIZE), colour)
 
 
-def _paste(base: Image.Image, glyph: Image.Image, width: int, cx: float, cy: float) -> Image.Image:
-    """Draw a glyph `width` pixels wide with its centre at the given fraction of the picture."""
-    height = round(width * glyph.height / glyph.width)
-    sprite = glyph.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=None)
-    base.paste(sprite, (round(cx * SIZE - width / 2), round(cy * SIZE - height / 2)), sprite)
+def _resized(glyph: Image.Image, width: int) -> Image.Image:
+    return glyph.resize((width, round(width * glyph.height / glyph.width)), Image.Resampling.LANCZOS)
+
+
+@lru_cache(maxsize=20_000)
+def _sprite(index: int, width: int) -> Image.Image:
+    """An emoji at a drawn width; resizing is most of the cost of a picture, and few widths occur."""
+    return _resized(catalogue().glyphs[index], width)
+
+
+def _paste(base: Image.Image, sprite: Image.Image, cx: float, cy: float) -> Image.Image:
+    """Draw a sprite with its centre at the given fraction of the picture."""
+    base.paste(sprite, (round(cx * SIZE - sprite.width / 2), round(cy * SIZE - sprite.height / 2)), sprite)
     return base
 
 
 def canonical(index: int) -> np.ndarray:
     """The picture that the plain caption asks for: white, centred, standard size."""
-    return np.asarray(_paste(_background((255, 255, 255)), catalogue().glyphs[index], STANDARD, 0.5, 0.5))
+    return np.asarray(_paste(_background((255, 255, 255)), _sprite(index, STANDARD), 0.5, 0.5))
 
 
-def _named_colour(rng: np.random.Generator) -> tuple[str, tuple[int, int, int]]:
-    name = list(COLOURS)[int(rng.integers(len(COLOURS)))]
-    return name, COLOURS[name]
+def _colour(rng: np.random.Generator) -> str:
+    return list(COLOURS)[int(rng.integers(len(COLOURS)))]
 
 
 def _name_of(item: Emoji, rng: np.random.Generator) -> str:
@@ -144,43 +152,61 @@ def _scaled(caption: str, word: str) -> str:
     return f"a {word} {rest}" if first in {"a", "an"} else f"{word} {caption}"
 
 
-def compose(seed: int, index: int | None = None) -> Sample:
-    """One training composition; the same seed always gives the same picture and caption."""
+@dataclass(frozen=True)
+class Plan:
+    """What to draw, before drawing it: equal plans give equal pictures, so latents can be shared."""
+
+    emoji: tuple[int, ...]
+    rgb: tuple[int, int, int]
+    width: int
+    centres: tuple[tuple[float, float], ...]
+
+
+def plan(seed: int, index: int | None = None) -> tuple[Plan, str]:
+    """The picture and the caption that a seed stands for."""
     rng = np.random.default_rng(seed)
     cat = catalogue()
     index = int(rng.integers(len(cat))) if index is None else index
-    item, glyph = cat.emoji[index], cat.glyphs[index]
-    name, kind = _name_of(item, rng), rng.random()
-    jitter = (rng.normal(0, 0.008, 2) if rng.random() < 0.3 else np.zeros(2)).clip(-0.03, 0.03)
-    cx, cy = 0.5 + jitter[0], 0.5 + jitter[1]
-    width = STANDARD + (int(rng.integers(-2, 3)) if rng.random() < 0.25 else 0)
-    colour, rgb, shown = "white", COLOURS["white"], (index,)
-    if kind < 0.47:  # plain
-        caption = name
-    elif kind < 0.76:  # named background
-        colour, rgb = _named_colour(rng)
-        caption = name + _backdrop(colour)
-    elif kind < 0.86:  # place or scale, half of the time on a named background
+    name, kind = _name_of(cat.emoji[index], rng), rng.random()
+    # Some disorder keeps the model from drawing one fixed grid; too much of it would blur the pictures.
+    dx, dy = rng.normal(0, 0.012, 2).clip(-0.03, 0.03).tolist() if rng.random() < 0.1 else (0.0, 0.0)
+    width = STANDARD + (int(rng.integers(-2, 3)) if rng.random() < 0.05 else 0)
+    colour, centre = "white", (0.5 + dx, 0.5 + dy)
+    caption = name
+    if 0.47 <= kind < 0.76:  # named background
+        colour = _colour(rng)
+        caption += _backdrop(colour)
+    elif 0.76 <= kind < 0.86:  # place or scale, half of the time on a named background
         if rng.random() < 0.6:
             place = list(PLACES)[int(rng.integers(len(PLACES)))]
-            (px, py), width, caption = PLACES[place], 32, f"{name} {place}"
-            cx, cy = px + jitter[0], py + jitter[1]
+            (px, py), width = PLACES[place], 32
+            centre, caption = (px + dx, py + dy), f"{name} {place}"
         else:
             word, width = (("small", 34), ("large", 66))[int(rng.integers(2))]
             caption = _scaled(name, word)
-        if rng.random() < 0.5:
-            colour, rgb = _named_colour(rng)
-            caption += _backdrop(colour)
-    else:  # two emoji side by side
+    elif kind >= 0.86:  # two emoji side by side
         other = int(rng.integers(len(cat)))
-        shown = (index, other)
         caption = f"{name} and {_name_of(cat.emoji[other], rng)}"
-        if rng.random() < 0.5:
-            colour, rgb = _named_colour(rng)
-            caption += _backdrop(colour)
-        base = _paste(_background(rgb), glyph, 31, 0.25, cy)
-        return Sample(np.asarray(_paste(base, cat.glyphs[other], 31, 0.75, cy)), caption, shown)
-    return Sample(np.asarray(_paste(_background(rgb), glyph, width, cx, cy)), caption, shown)
+    if kind >= 0.76 and rng.random() < 0.5:
+        colour = _colour(rng)
+        caption += _backdrop(colour)
+    if kind >= 0.86:
+        return Plan((index, other), COLOURS[colour], 31, ((0.25, 0.5 + dy), (0.75, 0.5 + dy))), caption
+    return Plan((index,), COLOURS[colour], width, (centre,)), caption
+
+
+def draw(what: Plan) -> np.ndarray:
+    """The picture of a plan: uint8, 64x64x3."""
+    base = _background(what.rgb)
+    for index, (cx, cy) in zip(what.emoji, what.centres, strict=True):
+        _paste(base, _sprite(index, what.width), cx, cy)
+    return np.asarray(base)
+
+
+def compose(seed: int, index: int | None = None) -> Sample:
+    """One training composition; the same seed always gives the same picture and caption."""
+    what, caption = plan(seed, index)
+    return Sample(draw(what), caption, what.emoji)
 
 
 def as_model_input(images: np.ndarray) -> np.ndarray:
