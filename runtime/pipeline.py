@@ -187,13 +187,14 @@ class Pipeline:
         session = self._open(name)
         denoise = Denoiser(session, self.manifest.parts[name], condition, unconditional, scale)
         denoise_start = mark = time.perf_counter()
+        timesteps = [call.timestep for call in table.calls if call.next is not None]
         step_s = []
         step = Step(0, latents, latents)
         for step in table.run(
             denoise, table.start(latents), lambda: np.stack([s.randn(shape) for s in streams])
         ):
             step_s.append(time.perf_counter() - mark)
-            yield StepDone(step.index, table.states, table.calls[-1].timestep, step.x, step.x0)
+            yield StepDone(step.index, table.states, timesteps[step.index], step.x, step.x0)
             if self._stop:
                 raise Cancelled(f"interrupted after step {step.index + 1} of {table.states}")
             mark = time.perf_counter()

@@ -284,9 +284,7 @@ def plan(
         sampler = SAMPLERS[sampler]
     if isinstance(times, str):
         spacing = "lcm" if times == "auto" and name == "lcm" else times
-        if (
-            name != "ddim"
-        ):  # diffusers' other samplers end on clean data whatever set_alpha_to_one says
+        if name != "ddim":  # diffusers' other samplers end on clean data whatever set_alpha_to_one says
             grid = replace(grid, final="clean")
         times = make_times(spacing, steps, process, grid)
     elif len(np.asarray(times)) != steps + 1:

@@ -137,6 +137,12 @@ def test_a_callback_can_interrupt(pipeline):
     assert seen == [(0, 1)]
 
 
+def test_steps_say_which_timestep_they_came_from(pipeline):
+    steps = list(pipeline.generate("a cat", num_inference_steps=4, sampler="ddim", output_type="latent"))
+    assert [step.timestep for step in steps] == [call.timestep for call in pipeline.plan(4, "ddim").calls]
+    assert [(step.index, step.steps) for step in steps] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+
+
 def test_timings_add_up(pipeline):
     timings = pipeline("a cat", num_inference_steps=2).timings
     assert len(timings["step"]) == 2
