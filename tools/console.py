@@ -71,8 +71,10 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def bar(title: str) -> Iterator[Callable[[float, str], None]]:
+def bar(title: str) -> Iterator[Callable[[float | None, str], None]]:
     """Yields `update(fraction, note)`: a bar on a terminal, elsewhere a plain line now and then.
+
+    fraction  0 to 1; None where nobody knows how far it is
 
     Without rich a terminal gets the plain lines too.
     """
@@ -91,21 +93,22 @@ def bar(title: str) -> Iterator[Callable[[float, str], None]]:
 
     last = -inf
 
-    def plain(fraction: float, text: str) -> None:
+    def plain(fraction: float | None, text: str) -> None:
         nonlocal last
         if time.monotonic() - last >= PLAIN_SECONDS:
-            note(f"{title}: {fraction:.0%} {text}".rstrip())
+            note(
+                " ".join([f"{title}:", *([f"{fraction:.0%}"] if fraction is not None else []), text]).rstrip()
+            )
             last = time.monotonic()
 
     yield plain
 
 
-def track(events: Iterable[T], title: str, describe: Callable[[T], tuple[float, str] | None]) -> Iterator[T]:
-    """Pass events through and draw them; `describe` gives (fraction, note), or None for what is not drawn."""
+def track(events: Iterable[T], title: str, describe: Callable[[T], tuple[float | None, str]]) -> Iterator[T]:
+    """Pass events through and draw them; `describe` gives (fraction, note)."""
     with bar(title) as update:
         for event in events:
-            if (shown := describe(event)) is not None:
-                update(*shown)
+            update(*describe(event))
             yield event
 
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from ..runtime.files import atomic_write, output_errors
 from .bench import bench
-from .console import Answer, bar, needs, note, positive
+from .console import Answer, bar, needs, note, positive, track
+from .export import describe
 from .verify import verify
 
 __all__ = ["add", "call", "contact_sheet"]
@@ -81,10 +82,9 @@ def call(args: argparse.Namespace) -> Answer:
 def _export(model: str, target: str, output: Path, *, optimize: bool) -> None:
     with needs("export"):
         from ..export import export_bundle
-    with bar(f"export {output.name}") as update:
-        for event in export_bundle(model, target, output, overwrite=True, optimize=optimize):
-            if hasattr(event, "fraction"):
-                update(event.fraction, f"{event.stage} {event.note}".strip())
+    events = export_bundle(model, target, output, overwrite=True, optimize=optimize)
+    for _ in track(events, f"export {output.name}", describe):
+        pass
 
 
 def _draw(bundle: Path) -> list[Any]:

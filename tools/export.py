@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..runtime.progress import Progress
 from .console import Answer, human_bytes, needs, track
 
-__all__ = ["add", "call"]
+__all__ = ["add", "call", "describe"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +43,7 @@ def call(args: argparse.Namespace) -> Answer:
     )
     stages: list[dict[str, Any]] = []
     done: Exported | None = None
-    for event in track(events, "export", _describe):
+    for event in track(events, "export", describe):
         if isinstance(event, Exported):
             done = event
         else:
@@ -64,8 +65,5 @@ def call(args: argparse.Namespace) -> Answer:
     return Answer(data, f"{done.path}: {manifest.name} for {args.target}, {human_bytes(size)}")
 
 
-def _describe(event: Any) -> tuple[float, str] | None:
-    fraction = getattr(event, "fraction", None)
-    if fraction is None:
-        return None
-    return fraction, f"{event.stage} {event.note}".strip()
+def describe(event: Progress) -> tuple[float | None, str]:
+    return event.fraction, f"{event.stage} {event.note}".strip()
