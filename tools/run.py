@@ -16,8 +16,7 @@ import numpy as np
 from .. import __version__
 from ..runtime.errors import BadInput, OutputError
 from ..runtime.pipeline import Pipeline
-from ..runtime.png import write_png
-from .console import Answer, add_threads, bar, human_seconds
+from .console import Answer, add_threads, bar, human_seconds, needs
 
 __all__ = ["add", "call", "describe", "grid", "parameters"]
 
@@ -46,6 +45,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def call(args: argparse.Namespace) -> Answer:
     _check(args)
+    with needs("onnx"):
+        from ..runtime.backends.PIL import write_png
     pipeline = Pipeline.from_pretrained(args.bundle, low_memory=args.low_memory, threads=args.threads)
     digest = hashlib.sha256((args.bundle / "manifest.json").read_bytes()).hexdigest()
     written: list[dict[str, Any]] = []
