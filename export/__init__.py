@@ -1,8 +1,6 @@
-"""From a checkpoint to a bundle. Needs the `export` extra: torch, diffusers, onnx."""
+"""From a model to a bundle for a device: lowering, the gate, and the flow that runs them."""
 
-from __future__ import annotations
-
-from ..runtime.progress import Progress
+from .gate import PartQuality
 from .recipe import Exported, export_bundle
 
-__all__ = ["Exported", "Progress", "export_bundle"]
+__all__ = ["Exported", "PartQuality", "export_bundle"]

@@ -5,6 +5,7 @@ Works on onnx-ir models in memory, in place, weights untouched: an SD-1.5 U-Net 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,9 @@ MICROSOFT = "com.microsoft"
 def fuse_attention(model: ir.Model) -> int:
     """Replace explicit attention by ONNX Runtime's fused kernel; returns how many were replaced.
 
-    before:  q, k, v  [batch, length, heads * size]
-             Attention(Transpose(Reshape(q)), Transpose(Reshape(k)), Transpose(Reshape(v)))  [batch, heads, length, size]
-             -> Transpose -> Reshape                                                         [batch, length, heads * size]
-    after:   com.microsoft.MultiHeadAttention(q, k, v, num_heads=heads)                      [batch, length, heads * size]
+    before:  q, k, v  [batch, length, heads * size], each -> Reshape -> Transpose  [batch, heads, length, size]
+             Attention(q, k, v) -> Transpose -> Reshape                           [batch, length, heads * size]
+    after:   com.microsoft.MultiHeadAttention(q, k, v, num_heads=heads)           [batch, length, heads * size]
 
     Masked and causal attention, and heads the graph does not name as a constant, stay as they are. The ONNX operator
     Attention (opset 23) scales by 1 / sqrt(size) unless told otherwise, and so does MultiHeadAttention.
@@ -144,18 +144,14 @@ def spell_out_group_norm(model: ir.Model) -> int:
         }
         value = {key: _constant(graph, f"{name}_{key}", array) for key, array in constants.items()}
         steps: list[ir.Node] = []
-
-        def add(
-            op: str, inputs: list[ir.Value], steps: list[ir.Node] = steps, **attributes: float
-        ) -> ir.Value:
-            steps.append(ir.node(op, inputs, attributes=attributes, name=f"{name}_{op}_{len(steps)}"))
-            steps[-1].outputs[0].name = f"{steps[-1].name}_out"
-            return steps[-1].outputs[0]
-
-        normal = add("InstanceNormalization", [add("Reshape", [x, value["groups"]]), value["one"], value["zero"]],
-                     epsilon=_float(node, "epsilon") or 1e-5)  # fmt: skip  # 1e-5: the operator's default
-        scaled = add("Mul", [add("Reshape", [normal, add("Shape", [x])]), value["scale"]])
-        result = add("Add", [scaled, value["bias"]])
+        add = partial(_append, steps, name)
+        flat = add("Reshape", x, value["groups"])
+        normal = add("InstanceNormalization", flat, value["one"], value["zero"])
+        epsilon = node.attributes.get("epsilon")  # the default, 1e-5, is the same for both operators
+        if epsilon is not None:
+            steps[-1].attributes.add(epsilon)
+        scaled = add("Mul", add("Reshape", normal, add("Shape", x)), value["scale"])
+        result = add("Add", scaled, value["bias"])
         result.type, result.shape = node.outputs[0].type, node.outputs[0].shape
         for step in steps:
             graph.insert_before(node, step)
@@ -163,6 +159,12 @@ def spell_out_group_norm(model: ir.Model) -> int:
         graph.remove(node, safe=True)
         done += 1
     return done
+
+
+def _append(steps: list[ir.Node], name: str, op: str, *inputs: ir.Value) -> ir.Value:
+    steps.append(ir.node(op, inputs, name=f"{name}_{op}_{len(steps)}"))
+    steps[-1].outputs[0].name = f"{steps[-1].name}_out"
+    return steps[-1].outputs[0]
 
 
 def _constant(graph: ir.Graph, name: str, array: Any) -> ir.Value:

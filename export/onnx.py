@@ -16,10 +16,10 @@ from ..runtime.errors import CheckpointError, MissingExtra
 from ..runtime.manifest import PartSpec
 from .retrace import as_traced, simplify
 
-__all__ = ["DEFAULT_OPSET", "Traced", "trace", "write"]
+__all__ = ["DEFAULT_OPSET", "Traced", "trace", "write", "write_plain"]
 
 DEFAULT_OPSET = 20
-"""What torch.onnx.export writes when not told otherwise (torch 2.13): the un-optimized export speed is compared with."""
+"""What torch.onnx.export writes when not told otherwise (torch 2.13): the export whose speed ours is compared with."""
 
 INLINE_BYTES = 64 << 20
 """Graphs with more weights than this keep them in model.onnx_data beside the graph. Protobuf ends at 2 GiB; below that
@@ -62,30 +62,33 @@ def trace(part: Part) -> Traced:
     return Traced(part, program)
 
 
-def write(
-    traced: Traced, folder: Path, *, opset: int = 23, fuse_attention: bool = True, optimize: bool = True
-) -> PartSpec:
+def write(traced: Traced, folder: Path, *, opset: int, fuse_attention: bool = True) -> PartSpec:
     """Write folder/model.onnx, and folder/model.onnx_data where the weights are large; returns its spec.
 
     opset           the ONNX operator set
     fuse_attention  use ONNX Runtime's fused attention kernel
-    optimize        False: exactly what torch.onnx.export makes by itself, whatever the other two say
     The same part gives the same bytes. Raises CheckpointError where torch.onnx cannot translate the part.
     """
-    part = traced.part
     try:
         from . import clean
     except ModuleNotFoundError as error:
         raise MissingExtra.of("onnx-ir", "export") from error
-    library("onnxscript")
-    ir = library("onnx_ir")
-    graph = _translate(traced, opset if optimize else DEFAULT_OPSET)
-    if optimize:
-        clean.spell_out_group_norm(graph)
-        if fuse_attention:
-            clean.fuse_attention(graph)
-        clean.tidy(graph)
+    graph = _translate(traced, opset)
+    clean.spell_out_group_norm(graph)
+    if fuse_attention:
+        clean.fuse_attention(graph)
+    clean.tidy(graph)
     clean.strip(graph)
+    return _save(traced.part, graph, folder)
+
+
+def write_plain(traced: Traced, folder: Path) -> PartSpec:
+    """The un-optimized export: the operators torch.onnx.export writes when told nothing."""
+    return _save(traced.part, _translate(traced, DEFAULT_OPSET), folder)
+
+
+def _save(part: Part, graph: Any, folder: Path) -> PartSpec:
+    ir = library("onnx_ir")
     _name_axes(ir, graph, part)
     folder.mkdir(parents=True, exist_ok=True)
     external = part.weight_bytes() > INLINE_BYTES

@@ -11,34 +11,264 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..model import Context, Model, Part, load
-from ..model.libraries import diffusers, quiet
+from ..model import Context, Model, Pass, load
 from ..model.load import Summary, summarize
-from ..runtime.bundle import BundleWriter
-from ..runtime.errors import NotLinear
+from ..runtime.bundle import Bundle, BundleWriter
+from ..runtime.errors import BadInput
 from ..runtime.files import remove, temporary_name
 from ..runtime.manifest import Manifest, PartSpec, TokenizerSpec
 from ..runtime.plan import Plan, plan
+from ..runtime.process import DiscreteVP
 from ..runtime.progress import Progress
-from ..runtime.samplers import SAMPLERS
 from ..runtime.times import check_steps
 from ..targets import Target, load_target
-from . import gate, onnx, parts, preflight, sidefiles, speed
+from . import child, gate, parts, preflight, sidefiles, speed
+from .plans import plan_of, traced_sampler
 from .preflight import gib
 
 __all__ = ["Exported", "export_bundle"]
 
-TRACED: Mapping[str, str] = {
-    "DDIMScheduler": "ddim",
-    "EulerDiscreteScheduler": "euler",
-    "FlowMatchEulerDiscreteScheduler": "euler",
-    "HeunDiscreteScheduler": "heun",
-    "DPMSolverMultistepScheduler": "dpmpp_2m",
-    "LCMScheduler": "lcm",
-}
-"""The scheduler of a checkpoint -> the sampler traced when a run asks for another number of steps."""
+PASSES: Mapping[str, Pass] = {}
+"""Name in a recipe -> the pass with its default configuration; prune, distill and quantize add theirs here."""
 
 
 @dataclass(frozen=True)
-class Exported(Progress):
-    """The last event of an export."""
+class Exported:
+    """The last event of an export: the bundle stands."""
+
+    path: Path
+    manifest: Manifest
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Stage -> how long it took."""
+    peak_rss_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Process -> the most memory it had: "main", and one for each part that was lowered in its own."""
+    stage: str = "done"
+    fraction: float | None = 1.0
+    note: str = ""
+
+
+def export_bundle(
+    source: str | Path | Model,
+    target: str,
+    out: Path | str,
+    *,
+    steps: int | None = None,
+    sampler: str | None = None,
+    recipe: Path | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    allow_download: bool = False,
+    config: Path | None = None,
+    optimize: bool = True,
+    measure_speed: bool = True,
+) -> Iterator[Progress | Exported]:
+    """Make a bundle of a model for a target; yields what it does and, at the end, Exported.
+
+    source          what `model.load` takes, or a Model
+    steps           of the default plan; the target's recipe says how many otherwise
+    sampler         a traced sampler by name; otherwise the recipe's, which usually is the model's own scheduler
+    recipe          a TOML file whose keys override the target's [recipe]
+    dry_run         say what would be done, and write nothing; no Exported event
+    config          for a single .safetensors file: a diffusers folder of its family
+    optimize        False: the graphs are what torch.onnx.export writes by itself, for comparison
+    measure_speed   compare every part's speed with the un-optimized export's
+    Nothing appears at `out` before everything passed, whatever happens. Raises BadInput and its kinds for what the
+    caller can mend, GateFailed where the graphs are not close enough to the original.
+    """
+    out = Path(out)
+    device = load_target(target)
+    if recipe is not None:
+        device = device.with_recipe(Path(recipe))
+    steps = device.recipe.steps if steps is None else steps
+    check_steps(steps)
+    sampler = device.recipe.sampler if sampler is None else sampler
+    if sampler != "model":
+        plan(sampler, 1, DiscreteVP.from_schedule("linear", 1e-4, 0.02, 1000))  # refuses an unknown name
+    clock = _Clock()
+
+    yield Progress("check", 0.0, str(source if not isinstance(source, Model) else source.name))
+    summary = _summary(source, allow_download)
+    weights = {part: 4 * count for part, count in summary.weights.items()}
+    needs = preflight.estimate(weights)
+    preflight.check_target(weights, device)
+    preflight.check_room(needs, out)
+    if dry_run:
+        yield from _intentions(summary, weights, needs, device, out, sampler, steps)
+        return
+    with BundleWriter(out, overwrite, size=needs.bundle_bytes) as writer:
+        work = temporary_name(writer.dest)
+        try:
+            yield Progress("load", 0.02, summary.name)
+            model = (
+                source
+                if isinstance(source, Model)
+                else load(source, allow_download=allow_download, config=config)
+            )
+            clock.lap("load")
+            model = _passes(model, Context(device, work))
+            default = plan_of(model, sampler, steps)
+            specs: dict[str, PartSpec] = {}
+            quality: dict[str, Any] = {"parts": {}}
+            speeds: dict[str, Any] = {}
+            peaks: dict[str, int] = {}
+            share = 0.75 / len(model.parts)
+            for number, part in enumerate(model):
+                begin = 0.1 + share * number
+                large = part.weight_bytes() > speed.SKIP_BYTES
+                baseline = (
+                    work / "unoptimized" / part.name if measure_speed and optimize and not large else None
+                )
+                yield Progress(f"lower {part.name}", begin, f"{part.parameters():,} parameters")
+                lowered = parts.lower(
+                    part, writer.folder / part.name, device, work, baseline, optimize=optimize
+                )
+                specs[part.name] = lowered.spec
+                if lowered.separate:
+                    peaks[f"lower {part.name}"] = lowered.peak_rss_bytes
+                clock.lap(f"lower {part.name}")
+                graph = writer.folder / lowered.spec.graph
+                yield Progress(
+                    f"gate {part.name}", begin + 0.7 * share, f"{gib(_size(graph.parent))} on disk"
+                )
+                checked = parts.check(part, lowered.spec, graph, work)
+                gate.judge_part(part.name, checked, device)
+                quality["parts"][part.name] = checked.to_json()
+                clock.lap(f"gate {part.name}")
+                note = f"relative error {checked.relative_error:.1e} ({checked.snr_db:.0f} dB)"
+                yield Progress(f"speed {part.name}", begin + 0.9 * share, note)
+                if baseline is not None:
+                    speeds[part.name] = speed.measure(part, lowered.spec, graph, baseline / "model.onnx")
+                    shutil.rmtree(baseline)
+                else:
+                    why = (
+                        f"more than {gib(speed.SKIP_BYTES)} of weights; fewstep bench does"
+                        if large
+                        else "not asked"
+                    )
+                    speeds[part.name] = {"verdict": f"not measured: {why}"}
+                clock.lap(f"speed {part.name}")
+            tokenizer = sidefiles.write_sidefiles(model, writer.folder)
+            manifest = _manifest(model, device, specs, default, sampler, tokenizer)
+            yield Progress("gate pipeline", 0.87, f"{default.sampler}, {default.steps} steps, equal seeds")
+            seen, golden = parts.check_pipeline(model, manifest, writer.folder, sampler, steps, device, work)
+            quality |= {"pipeline": seen, "golden": golden}
+            clock.lap("gate pipeline")
+            yield Progress("commit", 0.98, f"{seen['psnr_db']:.1f} dB against the original")
+            manifest = replace(manifest, quality=quality, speed=speeds)
+            path = writer.commit(manifest)
+            manifest = Bundle.open(path, check="size").manifest  # with its list of files
+            clock.lap("commit")
+        finally:
+            remove(work)
+    peaks["main"] = child.peak_rss_bytes()
+    yield Exported(path, manifest, clock.laps, peaks)
+
+
+class _Clock:
+    """Seconds between calls, by name."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._last = round(now - self._last, 3), now
+
+
+def _summary(source: str | Path | Model, allow_download: bool) -> Summary:
+    if isinstance(source, Model):
+        scheduler = (source.scheduler or {}).get("_class_name", "none")
+        return Summary(source.name, source.task, scheduler, {p.name: p.parameters() for p in source})
+    return summarize(source, allow_download=allow_download)
+
+
+def _intentions(
+    summary: Summary,
+    weights: Mapping[str, int],
+    needs: preflight.Estimate,
+    target: Target,
+    out: Path,
+    sampler: str,
+    steps: int,
+) -> Iterator[Progress]:
+    """What a run would do, in its order."""
+    yield Progress("load", None, f"{summary.name}, {summary.task}, scheduler {summary.scheduler}")
+    for part, count in summary.weights.items():
+        where = "in a process of its own" if weights[part] > preflight.LARGE_BYTES else "here"
+        yield Progress(
+            f"lower {part}", None, f"{count:,} parameters, {gib(weights[part])} in float32, {where}"
+        )
+    for name in target.recipe.passes:
+        yield Progress("pass", None, name)
+    floors = target.quality
+    note = f"parts at least {floors.part_snr_db:g} dB, images at least {floors.pipeline_psnr_db:g} dB"
+    yield Progress("gate", None, note)
+    yield Progress("plan", None, f"{summary.scheduler if sampler == 'model' else sampler}, {steps} steps")
+    limits = f"limits {gib(target.limits.part_mib << 20)} a part, {gib(target.limits.peak_memory_mib << 20)} in all"
+    yield Progress("target", None, f"{target.id}: {target.device.name}, {target.backend.engine}, {limits}")
+    yield Progress("memory", None, f"about {gib(needs.memory_bytes)} while exporting")
+    yield Progress("disk", None, f"{out}: {gib(needs.bundle_bytes)}, {gib(needs.disk_bytes)} while exporting")
+
+
+def _passes(model: Model, context: Context) -> Model:
+    for name in context.target.recipe.passes:
+        if name not in PASSES:
+            known = ", ".join(PASSES) or "none yet"
+            raise BadInput(
+                f"unknown pass {name!r} in the recipe", expected=known, fix="take it out of [recipe] passes"
+            )
+        model = PASSES[name](model, context)
+    return model
+
+
+def _manifest(
+    model: Model,
+    target: Target,
+    specs: Mapping[str, PartSpec],
+    default: Plan,
+    sampler: str,
+    tokenizer: TokenizerSpec | None,
+) -> Manifest:
+    return Manifest(
+        name=model.name,
+        task=model.task,
+        process=model.process.to_json(),
+        prediction=model.prediction,
+        denoiser=model.denoiser,
+        parts=specs,
+        sample=model.sample,
+        plans={"default": default.to_json()},
+        sampler=traced_sampler(model) if sampler == "model" else sampler,
+        grid=model.grid,
+        guidance=model.guidance,
+        tokenizer=tokenizer,
+        classes=model.classes,
+        target=target.to_json(),
+        history=tuple(model.history),
+        license=model.license,
+        versions=_versions(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in (
+        "fewstep",
+        "torch",
+        "diffusers",
+        "transformers",
+        "onnx",
+        "onnxscript",
+        "onnx-ir",
+        "onnxruntime",
+    ):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())

@@ -15,7 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ARCHITECTURES", "build_pipeline", "tiny_sd", "write_tokenizer"]
+from .libraries import diffusers, quiet, torch, transformers
+
+__all__ = ["ARCHITECTURES", "build_pipeline", "count_weights", "tiny_sd", "write_tokenizer"]
 
 SD15_UNET: dict[str, Any] = {
     # huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5, unet/config.json
@@ -98,6 +100,17 @@ def build_pipeline(name: str, tokenizer_folder: Path, seed: int = 0) -> Any:
     return _pipeline(ARCHITECTURES[name], SD15_VAE, CLIP_L, tokenizer_folder, seed)
 
 
+def count_weights(name: str) -> dict[str, int]:
+    """Elements of the weights of every part of a known architecture, without allocating them."""
+    networks = _networks(ARCHITECTURES[name], SD15_VAE, CLIP_L)
+    with torch().device("meta"):
+        built = {part: make() for part, make in networks.items()}
+    counts = {part: sum(tensor.numel() for tensor in module.parameters()) for part, module in built.items()}
+    counts["vae_decoder"] = sum(t.numel() for t in built["vae"].decoder.parameters())
+    del counts["vae"]
+    return counts
+
+
 def tiny_sd(folder: Path, seed: int = 0) -> Path:
     """Write a Stable-Diffusion-1.x folder with all its kinds of layer and 0.9 M parameters; returns `folder`."""
     unet = {
@@ -136,25 +149,31 @@ def tiny_sd(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def _pipeline(unet: Any, vae: Any, text: Any, tokenizer_folder: Path, seed: int) -> Any:
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    write_tokenizer(tokenizer_folder, text["vocab_size"])
-    parts = {
-        "unet": _random(lambda: UNet2DConditionModel.from_config(unet), seed),
-        "vae": _random(lambda: AutoencoderKL.from_config(vae), seed + 1),
-        "text_encoder": _random(lambda: CLIPTextModel(CLIPTextConfig(**text)), seed + 2),
+def _networks(unet: Any, vae: Any, text: Any) -> dict[str, Callable[[], Any]]:
+    d, t = diffusers(), transformers()
+    with quiet():
+        kinds = d.UNet2DConditionModel, d.AutoencoderKL, t.CLIPTextModel, t.CLIPTextConfig
+    return {
+        "unet": lambda: kinds[0].from_config(unet),
+        "vae": lambda: kinds[1].from_config(vae),
+        "text_encoder": lambda: kinds[2](kinds[3](**text)),
     }
-    tokenizer = CLIPTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True)
-    return StableDiffusionPipeline(
-        **parts,
-        tokenizer=tokenizer,
-        scheduler=DDIMScheduler(**SD_SCHEDULER),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+
+
+def _pipeline(unet: Any, vae: Any, text: Any, tokenizer_folder: Path, seed: int) -> Any:
+    write_tokenizer(tokenizer_folder, text["vocab_size"])
+    networks = _networks(unet, vae, text)
+    parts = {name: _random(make, seed + i) for i, (name, make) in enumerate(networks.items())}
+    with quiet():
+        tokenizer = transformers().CLIPTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True)
+        return diffusers().StableDiffusionPipeline(
+            **parts,
+            tokenizer=tokenizer,
+            scheduler=diffusers().DDIMScheduler(**SD_SCHEDULER),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
 
 
 def _random(make: Callable[[], Any], seed: int) -> Any:
@@ -163,14 +182,13 @@ def _random(make: Callable[[], Any], seed: int) -> Any:
     Matrices and kernels get variance 1 / fan-in, norms stay near 1, nothing is zero: a branch that starts at zero
     would hide every error behind it.
     """
-    import torch
-
-    with torch.device("meta"):
+    th = torch()
+    with th.device("meta"):
         module = make()
     module.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
+    generator = th.Generator().manual_seed(seed)
     for name, tensor in module.named_parameters():
-        with torch.no_grad():
+        with th.no_grad():
             if name.endswith("embedding.weight"):  # tokens and positions, at CLIP's own scale (0.02)
                 tensor.normal_(0, 0.02, generator=generator)
             elif tensor.ndim >= 2:
@@ -184,7 +202,7 @@ def _random(make: Callable[[], Any], seed: int) -> Any:
     for name, buffer in module.named_buffers():  # to_empty left them without values
         if not name.endswith("position_ids"):
             raise NotImplementedError(f"buffer {name} of {type(module).__name__} has no known value")
-        buffer.copy_(torch.arange(buffer.shape[-1]).expand(buffer.shape))
+        buffer.copy_(th.arange(buffer.shape[-1]).expand(buffer.shape))
     return module.eval()
 
 

@@ -122,7 +122,8 @@ def load_folder(folder: Path, name: str = "") -> Model:
     parts = {component: _network(index, component) for component in index.networks()}
     if "tokenizer" in index.components:
         parts["tokenizer"] = _tokenizer(index)
-    pipeline = FAMILIES[index.pipeline].build(diffusers(), {**parts, "scheduler": scheduler}, index.data)
+    with quiet():
+        pipeline = FAMILIES[index.pipeline].build(diffusers(), {**parts, "scheduler": scheduler}, index.data)
     return from_pipeline(pipeline, name or folder.resolve().name, folder)
 
 
@@ -170,7 +171,8 @@ def _scheduler(index: Index) -> Any:
     file = index.folder / "scheduler" / "scheduler_config.json"
     config = read_json(file)
     name = index.components["scheduler"][1]
-    kind = getattr(diffusers(), name, None)
+    with quiet():
+        kind: Any = getattr(diffusers(), name, None)
     if not name.endswith("Scheduler") or not hasattr(kind, "from_config") or not hasattr(kind, "step"):
         raise CheckpointError(
             f"{index.folder / 'model_index.json'}: scheduler {name} is not in diffusers {diffusers().__version__}",

@@ -1,4 +1,4 @@
-"""The heavy libraries of the toolchain, imported when first used; a missing one is an error that says what to install."""
+"""The heavy libraries of the toolchain, imported when first used; a missing one is an error with its pip command."""
 
 from __future__ import annotations
 

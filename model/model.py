@@ -64,6 +64,8 @@ class Part:
     example: Example
     config: Mapping[str, Any] = field(default_factory=dict)
     """The part's config.json, carried into the bundle so that optimum opens it."""
+    portable: bool = True
+    """Whether pickle can carry the module to another process; not so for code of the caller's own script."""
 
     def parameters(self) -> int:
         return sum(int(tensor.numel()) for tensor in self.module.parameters())
@@ -113,8 +115,8 @@ class Model:
     prediction: str
     """epsilon, v_prediction, sample or flow."""
     sample: SampleSpec
-    grid: GridSpec = GridSpec()
-    guidance: GuidanceSpec = GuidanceSpec()
+    grid: GridSpec = GridSpec()  # noqa: RUF009 - frozen
+    guidance: GuidanceSpec = GuidanceSpec()  # noqa: RUF009 - frozen
     classes: int | None = None
     """Number of class labels of a class-conditional model."""
     tokenizer: TokenizerFiles | None = None

@@ -1,0 +1,51 @@
+"""Which plan a bundle carries: the model's own scheduler as a table, or a sampler traced for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..model.libraries import diffusers, quiet
+from ..model.model import Model
+from ..runtime.errors import NotLinear
+from ..runtime.plan import Plan, plan
+from ..runtime.process import DiscreteVP
+from ..runtime.samplers import SAMPLERS
+
+__all__ = ["plan_of", "traced_sampler"]
+
+TRACED: Mapping[str, str] = {
+    "DDIMScheduler": "ddim",
+    "EulerDiscreteScheduler": "euler",
+    "FlowMatchEulerDiscreteScheduler": "euler",
+    "HeunDiscreteScheduler": "heun",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "LCMScheduler": "lcm",
+}
+"""The scheduler of a checkpoint -> the sampler traced when a run asks for another number of steps."""
+
+
+def plan_of(model: Model, sampler: str, steps: int) -> Plan:
+    """The plan of the model's own scheduler, or of the traced sampler that was asked for."""
+    if sampler == "model" and model.scheduler is not None:
+        try:
+            with quiet():
+                return Plan.from_diffusers(_scheduler(model), steps)
+        except NotLinear as error:
+            names = ", ".join(SAMPLERS)
+            raise NotLinear(
+                error.found, expected=error.expected, fix=f"pass --sampler with one of {names}"
+            ) from None
+    name = traced_sampler(model) if sampler == "model" else sampler
+    return plan(name, steps, model.process, prediction=model.prediction, grid=model.grid)
+
+
+def _scheduler(model: Model) -> Any:
+    assert model.scheduler is not None
+    return getattr(diffusers(), model.scheduler["_class_name"]).from_config(dict(model.scheduler))
+
+
+def traced_sampler(model: Model) -> str:
+    """The sampler for other numbers of steps: the one nearest to the model's own scheduler."""
+    fallback = "ddim" if isinstance(model.process, DiscreteVP) else "euler"
+    return TRACED.get((model.scheduler or {}).get("_class_name", ""), fallback)
