@@ -31,7 +31,7 @@ from ..runtime.bundle import Bundle
 from ..runtime.errors import BadInput
 from ..runtime.files import atomic_write, output_errors
 from ..runtime.plan import Plan
-from .console import Answer, add_threads, human_bytes, human_rate, human_seconds, positive, table, track
+from .console import Answer, add_threads, human_bytes, human_rate, human_seconds, positive, table, watch
 from .host import fingerprint
 from .measure import Job, Samples, measure
 from .report import render
@@ -106,8 +106,7 @@ def bench(
     job = Job(labelled, prompts, steps, runs, cold_runs, threads)
     host = fingerprint()
     samples: dict[str, Samples] = {}
-    for _ in track(measure(job, samples), "bench", lambda tick: (tick.fraction, tick.note)):
-        pass
+    watch(measure(job, samples), "bench", lambda tick: (tick.fraction, tick.note))
 
     reference = list(labelled)[-1 if baseline else 0]
     others = [label for label in labelled if label != reference]

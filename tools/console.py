@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import inf
@@ -29,7 +29,7 @@ __all__ = [
     "note",
     "positive",
     "table",
-    "track",
+    "watch",
 ]
 
 
@@ -104,12 +104,22 @@ def bar(title: str) -> Iterator[Callable[[float | None, str], None]]:
     yield plain
 
 
-def track(events: Iterable[T], title: str, describe: Callable[[T], tuple[float | None, str]]) -> Iterator[T]:
-    """Pass events through and draw them; `describe` gives (fraction, note)."""
-    with bar(title) as update:
-        for event in events:
-            update(*describe(event))
-            yield event
+def watch(events: Iterable[T], title: str, describe: Callable[[T], tuple[float | None, str]]) -> list[T]:
+    """Run a generator to its end, draw its events and return them; `describe` gives (fraction, note).
+
+    However it ends, the generator is closed here and now: one that the garbage collector finds at the end of the
+    process can no longer remove what it wrote.
+    """
+    seen = []
+    try:
+        with bar(title) as update:
+            for event in events:
+                seen.append(event)
+                update(*describe(event))
+    finally:
+        if isinstance(events, Generator):
+            events.close()
+    return seen
 
 
 def table(rows: Iterable[Iterable[object]], header: Iterable[str] = ()) -> str:

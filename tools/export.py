@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.progress import Progress
-from .console import Answer, human_bytes, needs, track
+from .console import Answer, human_bytes, needs, watch
 
 __all__ = ["add", "call", "describe"]
 
@@ -23,6 +23,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is already there")
     parser.add_argument("--download", action="store_true", help="allow fetching a hub id")
+    parser.add_argument("--no-speed", action="store_true", help="do not compare with the un-optimized export")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing")
 
 
@@ -40,15 +41,12 @@ def call(args: argparse.Namespace) -> Answer:
         overwrite=args.overwrite,
         dry_run=args.dry_run,
         allow_download=args.download,
+        measure_speed=not args.no_speed,
     )
-    stages: list[dict[str, Any]] = []
-    done: Exported | None = None
-    for event in track(events, "export", describe):
-        if isinstance(event, Exported):
-            done = event
-        else:
-            stages.append({"stage": event.stage, "note": event.note})
-    if args.dry_run or done is None:
+    seen = watch(events, "export", describe)
+    done = seen[-1]
+    if not isinstance(done, Exported):  # a dry run
+        stages = [{"stage": event.stage, "note": event.note} for event in seen]
         lines = [f"{stage['stage']}: {stage['note']}".rstrip(": ") for stage in stages]
         return Answer({"dry_run": True, "stages": stages}, "\n".join(["would do:", *lines]))
 
@@ -61,9 +59,12 @@ def call(args: argparse.Namespace) -> Answer:
         "bytes": size,
         "parts": list(manifest.parts),
         "quality": dict(manifest.quality),
+        "speed": dict(manifest.speed),
+        "seconds": dict(done.seconds),
+        "peak_rss_bytes": dict(done.peak_rss_bytes),
     }
     return Answer(data, f"{done.path}: {manifest.name} for {args.target}, {human_bytes(size)}")
 
 
-def describe(event: Progress) -> tuple[float | None, str]:
+def describe(event: Progress | Any) -> tuple[float | None, str]:
     return event.fraction, f"{event.stage} {event.note}".strip()

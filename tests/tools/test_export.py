@@ -11,7 +11,7 @@ import pytest
 
 from fewstep.tools import cli
 
-TARGET = ("--target", "laptop-cpu")
+TARGET = ("--target", "laptop-cpu", "--no-speed")
 
 
 @pytest.fixture
