@@ -6,7 +6,6 @@ rewrites what the engine is slow at. Weights are written once, straight from tor
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +45,14 @@ def trace(part: Part) -> Traced:
         {axis: th.export.Dim.DYNAMIC for axis, size in enumerate(spec.shape) if isinstance(size, str)}
         for spec in part.inputs
     )
-    varargs = "inputs" in _argument_names(part.module)  # Adapted.forward(*inputs) takes one tuple
     try:
         with quiet(), th.no_grad():
-            program = th.export.export(
-                part.module, arguments, dynamic_shapes=(free,) if varargs else free, strict=False
-            )
+            program = th.export.export(part.module, arguments, dynamic_shapes=free, strict=False)
     except Exception as error:
         raise CheckpointError(
             f"torch.export cannot trace {part.name} ({type(error).__name__}: {_cause(error)})",
             expected="tensor code without branches on values",
-            fix="give the axes it needs fixed a number (Model.from_module(..., dynamic=('batch',)))",
+            fix="for a network of your own, leave fewer axes free (Model.from_module(..., dynamic=()))",
         ) from error
     simplify(program)
     return Traced(part, program)
@@ -135,12 +131,6 @@ def _name_axes(ir: Any, graph: Any, part: Part) -> None:
         for value, spec in zip(values, specs, strict=True):
             value.name = spec.name
             value.shape = ir.Shape(spec.shape)
-
-
-def _argument_names(module: Any) -> list[str]:
-    return [
-        name for name, p in inspect.signature(module.forward).parameters.items() if p.kind is p.VAR_POSITIONAL
-    ]
 
 
 def _cause(error: BaseException) -> str:

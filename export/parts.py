@@ -74,16 +74,21 @@ def _lower_here(part: Part, folder: Path, baseline: Path | None, options: _Optio
     return onnx.write(traced, folder, opset=options.opset, fuse_attention=options.fuse_attention)
 
 
-def check(part: Part, spec: PartSpec, graph: Path, work: Path) -> gate.PartQuality:
-    """Torch here against the engine: in this process for a small part, in one of its own for a large one."""
+def check(part: Part, spec: PartSpec, graph: Path, work: Path) -> tuple[gate.PartQuality, int | None]:
+    """Torch here against the engine: in this process for a small part, in one of its own for a large one.
+
+    The second value is the peak resident memory of that process, in bytes.
+    """
     large = part.weight_bytes() > LARGE_BYTES
     tried = gate.cases(part, few=large)
     feeds = list(tried.values())
     if large:
-        got = child.call(gate.run_graph, graph, spec, feeds, work=work).value
+        done = child.call(gate.run_graph, graph, spec, feeds, work=work)
+        got, peak = done.value, done.peak_rss_bytes
     else:
-        got = gate.run_graph(graph, spec, feeds)
-    return gate.compare(part.name, list(tried), [gate.reference(part, case) for case in feeds], got)
+        got, peak = gate.run_graph(graph, spec, feeds), None
+    wanted = [gate.reference(part, case) for case in feeds]
+    return gate.compare(part.name, list(tried), wanted, got), peak
 
 
 def check_pipeline(

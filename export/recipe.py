@@ -34,14 +34,14 @@ PASSES: Mapping[str, Pass] = {}
 
 @dataclass(frozen=True)
 class Exported:
-    """The last event of an export: the bundle stands."""
+    """The last event of an export: the bundle stands. It can be drawn like a Progress."""
 
     path: Path
     manifest: Manifest
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Stage -> how long it took."""
     peak_rss_bytes: Mapping[str, int] = field(default_factory=dict)
-    """Process -> the most memory it had: "main", and one for each part that was lowered in its own."""
+    """Process -> the most memory it had: "main", and one for each that lowered or ran a large part."""
     stage: str = "done"
     fraction: float | None = 1.0
     note: str = ""
@@ -130,7 +130,9 @@ def export_bundle(
                 yield Progress(
                     f"gate {part.name}", begin + 0.7 * share, f"{gib(_size(graph.parent))} on disk"
                 )
-                checked = parts.check(part, lowered.spec, graph, work)
+                checked, peak = parts.check(part, lowered.spec, graph, work)
+                if peak is not None:
+                    peaks[f"gate {part.name}"] = peak
                 gate.judge_part(part.name, checked, device)
                 quality["parts"][part.name] = checked.to_json()
                 clock.lap(f"gate {part.name}")

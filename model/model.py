@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -132,6 +132,37 @@ class Model:
 
     def __iter__(self) -> Iterator[Part]:
         return iter(self.parts.values())
+
+    @classmethod
+    def from_module(
+        cls,
+        module: Any,
+        *,
+        sample_shape: tuple[int, ...],
+        process: Process,
+        prediction: str = "epsilon",
+        name: str = "model",
+        classes: int | None = None,
+        call: Callable[..., Any] | None = None,
+        dynamic: tuple[str, ...] = (),
+        guidance: float = 1.0,
+        license: str = "",
+    ) -> Model:
+        """Any torch.nn.Module that denoises, as a Model; see adapter.from_module, which documents the arguments."""
+        from .adapter import from_module
+
+        return from_module(
+            module,
+            sample_shape=sample_shape,
+            process=process,
+            prediction=prediction,
+            name=name,
+            classes=classes,
+            call=call,
+            dynamic=dynamic,
+            guidance=guidance,
+            license=license,
+        )
 
     def after(self, done: Pass, parts: Mapping[str, Part]) -> Model:
         """The model a pass made: `parts` replace those of the same name, and the pass is written into history."""

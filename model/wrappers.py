@@ -78,14 +78,24 @@ class TextEncoder(torch.nn.Module):  # type: ignore[misc]
 
 
 class Adapted(torch.nn.Module):  # type: ignore[misc]
-    """Any module behind `call(module, sample, timestep[, class_labels])`; see Model.from_module."""
+    """Any module behind `call(module, sample, timestep[, class_labels])`; see Model.from_module.
 
-    def __init__(self, module: Any, call: Callable[..., Any] | None) -> None:
+    shape  what the module's sample looks like without its batch, where that is not [channels, height, width]
+    """
+
+    def __init__(
+        self, module: Any, call: Callable[..., Any] | None, shape: tuple[int, ...] | None = None
+    ) -> None:
         super().__init__()
-        self.module, self.call = module, call
+        self.module, self.call, self.shape = module, call, shape
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        output = self.module(*inputs) if self.call is None else self.call(self.module, *inputs)
+    def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        seen = sample if self.shape is None else sample.reshape(-1, *self.shape)
+        labels = () if class_labels is None else (class_labels,)
+        call = self.call or (lambda module, *inputs: module(*inputs))
+        output = call(self.module, seen, timestep, *labels)
         if hasattr(output, "sample"):  # what diffusers models return
-            return output.sample
-        return output[0] if isinstance(output, tuple) else output
+            output = output.sample
+        elif isinstance(output, tuple):
+            output = output[0]
+        return output if self.shape is None else output.reshape(sample.shape)
