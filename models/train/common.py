@@ -56,8 +56,12 @@ class Budget:
         return min(1.0, self.elapsed / self.total)
 
     def rate(self, peak: float, floor: float, step: int, warmup: int) -> float:
+        return self.rate_at(self.share, peak, floor, step, warmup)
+
+    @staticmethod
+    def rate_at(share: float, peak: float, floor: float, step: int, warmup: int) -> float:
         """Cosine decay over the time share, after a short warm-up in steps."""
-        decay = floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * self.share))
+        decay = floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * share))
         return decay * min(1.0, (step + 1) / max(1, warmup))
 
     def left(self) -> str:
@@ -72,9 +76,10 @@ class Average:
         self.shadow = [p.detach().clone() for p in parameters]
 
     @torch.no_grad()
-    def update(self, parameters: list[torch.nn.Parameter]) -> None:
-        self.step += 1
-        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+    def update(self, parameters: list[torch.nn.Parameter], steps: int = 1) -> None:
+        """Move towards the current weights as far as `steps` single updates would."""
+        self.step += steps
+        decay = min(self.decay, (1 + self.step) / (10 + self.step)) ** steps
         torch._foreach_lerp_(self.shadow, [p.detach() for p in parameters], 1 - decay)
 
     @torch.no_grad()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -10,13 +13,15 @@ import numpy as np
 import render
 import tokenizer
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from common import MODEL, Average, Budget, config, count, load_state, save_state, set_rate, work_dir
+from common import MODEL, Average, Budget, config, load_state, save_state, set_rate, work_dir
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 TRAIN_STEPS = 1000
+FIRST_SEED = 3_000_000_000
 
 
 def build_text_encoder(cfg: dict[str, Any]) -> CLIPTextModel:
@@ -62,7 +67,7 @@ def build_scheduler() -> DDIMScheduler:
         prediction_type="v_prediction",
         clip_sample=False,
         set_alpha_to_one=False,
-        steps_offset=0,
+        steps_offset=1,
         **config()["scheduler"],
     )
 
@@ -80,7 +85,7 @@ def dataset(vae: AutoencoderKL, compositions: int) -> tuple[torch.Tensor, torch.
     numbers: dict[render.Plan, int] = {}
     picture, captions = [], []
     for seed in range(compositions):
-        what, caption = render.plan(3_000_000_000 + seed)
+        what, caption = render.plan(FIRST_SEED + seed)
         picture.append(numbers.setdefault(what, len(numbers)))
         captions.append(caption)
     plans, started, parts = list(numbers), time.time(), []
@@ -96,6 +101,12 @@ def dataset(vae: AutoencoderKL, compositions: int) -> tuple[torch.Tensor, torch.
     tokens = torch.from_numpy(tokenizer.encode(captions).astype(np.int16))
     save_state(path, {"latents": latents, "tokens": tokens, "picture": torch.tensor(picture)})
     return latents, tokens, torch.tensor(picture)
+
+
+def plain_rows(compositions: int) -> torch.Tensor:
+    """The compositions that show one emoji in the canonical way; they deserve extra practice."""
+    plans = (render.plan(FIRST_SEED + seed)[0] for seed in range(compositions))
+    return torch.tensor([row for row, what in enumerate(plans) if what.is_canonical])
 
 
 class Trainer:
@@ -123,15 +134,20 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.average.shadow, self.average.step = state["average"], state["step"]
             self.step, elapsed = state["step"], state["elapsed"]
-            torch.set_rng_state(state["rng"])
+        # Workers start alike and draw different batches; a resumed run must not repeat the old draws either.
+        self.rank, self.workers = args.rank, args.workers
+        torch.manual_seed(1_000 * self.step + self.rank)
         self.budget = Budget(args.until, args.minutes, elapsed)
-        vae = AutoencoderKL.from_pretrained(MODEL / "vae", torch_dtype=torch.float32)
+        vae = AutoencoderKL.from_pretrained(MODEL / "vae", dtype=torch.float32)
         self.latents, self.tokens, self.picture = dataset(vae, self.cfg["compositions"])
+        self.plain = plain_rows(self.cfg["compositions"])
         self.alphas = build_scheduler().alphas_cumprod
         self.empty = torch.from_numpy(tokenizer.encode([""]).astype(np.int64))
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.randint(len(self.picture), (self.cfg["batch"],))
+        extra = torch.rand(len(rows)) < self.cfg["plain_extra"]
+        rows[extra] = self.plain[torch.randint(len(self.plain), (int(extra.sum()),))]
         tokens = self.tokens[rows].long()
         drop = torch.rand(len(rows)) < self.cfg["drop_caption"]
         tokens[drop] = self.empty
@@ -160,33 +176,54 @@ class Trainer:
                 "average": self.average.shadow,
                 "step": self.step,
                 "elapsed": self.budget.elapsed,
-                "rng": torch.get_rng_state(),
             },
         )
 
+    def meet(self) -> None:
+        """Average the weights of all workers; every worker goes on from the average with its own moments.
+
+        Meeting every few seconds rather than at every step (let alone at every operation, as threads do)
+        costs nothing in quality here and keeps all cores busy when other programs use them as well.
+        """
+        if self.workers == 1:
+            return
+        with torch.no_grad():
+            flat = torch.cat([w.flatten() for w in self.weights])
+            dist.all_reduce(flat)
+            flat /= self.workers
+            for weight, part in zip(self.weights, flat.split([w.numel() for w in self.weights]), strict=True):
+                weight.copy_(part.view_as(weight))
+
     def run(self, every: float) -> None:
-        print(f"U-Net {count(self.unet):,}, text {count(self.text):,}, {self.budget.left()}", flush=True)
-        last, running, begun, first = time.time(), 0.0, time.time(), self.step
-        while self.budget.share < 1:
-            set_rate(
-                self.optimizer,
-                self.budget.rate(self.cfg["rate"], self.cfg["floor"], self.step, self.cfg["warmup"]),
-            )
-            loss = self.loss()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.weights, self.cfg["clip"])
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            self.step += 1
-            self.average.update(self.weights)
-            running += (loss.item() - running) / min(self.step - first, 100)
-            if time.time() - last > every or self.budget.share >= 1:
+        cfg, budget, workers = self.cfg, self.budget, self.workers
+        # All workers count the same meetings from the same moment, so none waits for one that has left.
+        begun = torch.tensor([time.time(), budget.total - budget.elapsed], dtype=torch.float64)
+        if workers > 1:
+            dist.broadcast(begun, 0)
+        start, meetings = begun[0].item(), max(1, int(begun[1].item() / cfg["meet_seconds"]))
+        last, running, first, seen = time.time(), 0.0, self.step, self.step
+        for meeting in range(1, meetings + 1):
+            while time.time() < start + meeting * cfg["meet_seconds"]:
+                loss = self.loss()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(self.weights, cfg["clip"])
+                rate = budget.rate(cfg["rate"], cfg["floor"], self.step, cfg["warmup"])
+                set_rate(self.optimizer, rate)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self.step += 1
+                running += (loss.item() - running) / min(self.step - first, 400)
+            self.meet()
+            if self.rank:
+                continue
+            self.average.update(self.weights, self.step - seen)
+            seen = self.step
+            if time.time() - last > every or meeting == meetings:
                 self.save()
                 last = time.time()
-                speed = (self.step - first) * self.cfg["batch"] / (last - begun)
+                speed = (self.step - first) * cfg["batch"] * workers / (last - start)
                 print(
-                    f"step {self.step} loss {running:.4f} {speed:.0f} images/s, {self.budget.left()}",
-                    flush=True,
+                    f"step {self.step} loss {running:.4f} {speed:.0f} images/s, {budget.left()}", flush=True
                 )
 
 
@@ -200,7 +237,7 @@ def export() -> None:
     average.shadow = state["average"]
     average.copy_to([*unet.parameters(), *text.parameters()])
     pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(MODEL / "vae", torch_dtype=torch.float16),
+        vae=AutoencoderKL.from_pretrained(MODEL / "vae", dtype=torch.float16),
         text_encoder=text.half().eval(),
         tokenizer=tokenizer.load(),
         unet=unet.half().eval(),
@@ -212,7 +249,32 @@ def export() -> None:
     # The tokenizer folder is kept as tokenizer.py wrote it: it holds the slow vocabulary files too.
     pipe.tokenizer.save_pretrained = lambda *args, **kwargs: ()
     pipe.save_pretrained(MODEL, safe_serialization=True)
+    # transformers would load the text encoder in its stored precision, diffusers loads the rest in single.
+    settings = MODEL / "text_encoder" / "config.json"
+    settings.write_text(settings.read_text().replace('"float16"', '"float32"'))
     print(f"wrote {MODEL}: step {state['step']}, {state['elapsed'] / 60:.1f} min")
+
+
+def train(args: argparse.Namespace) -> None:
+    """Run this worker; the first one starts the others and ends them with itself."""
+    trainer, others, meeting = (
+        Trainer(args),
+        [],
+        work_dir() / f"meeting-{os.getppid() if args.rank else os.getpid()}",
+    )
+    for rank in range(1, args.workers if args.rank == 0 else 0):
+        others.append(subprocess.Popen([sys.executable, *sys.argv, "--rank", str(rank)]))
+    if args.workers > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting}", rank=args.rank, world_size=args.workers
+        )
+    try:
+        trainer.run(args.every)
+    finally:
+        for other in others:
+            other.terminate()
+        if args.workers > 1 and args.rank == 0:
+            meeting.unlink(missing_ok=True)
 
 
 def main() -> None:
@@ -223,11 +285,16 @@ def main() -> None:
     parser.add_argument(
         "--export", action="store_true", help="only write the pipeline from the last checkpoint"
     )
+    parser.add_argument(
+        "--workers", type=int, default=2, help="single-threaded processes that share the work"
+    )
+    parser.add_argument("--rank", type=int, default=0, help="set by the first process for the others")
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     if not args.export:
-        Trainer(args).run(args.every)
-    export()
+        train(args)
+    if args.rank == 0:
+        export()
 
 
 if __name__ == "__main__":

@@ -161,6 +161,11 @@ class Plan:
     width: int
     centres: tuple[tuple[float, float], ...]
 
+    @property
+    def is_canonical(self) -> bool:
+        """Whether this is what a plain caption asks for."""
+        return self.rgb == COLOURS["white"] and self.width == STANDARD and self.centres == ((0.5, 0.5),)
+
 
 def plan(seed: int, index: int | None = None) -> tuple[Plan, str]:
     """The picture and the caption that a seed stands for."""
