@@ -26,7 +26,7 @@ LIMIT = 2.5
 
 
 class Memory:
-    """Samples this process and its children every 0.2 s: the highest proportional set size of all together."""
+    """Samples this process and its children every 2 s: the highest proportional set size of all together."""
 
     def __init__(self) -> None:
         self.peak_pss = self.peak_rss_sum = 0
@@ -35,7 +35,7 @@ class Memory:
         self._thread.start()
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.2):
+        while not self._stop.wait(2.0):
             pids, sums = [os.getpid()], {"Pss": 0, "Rss": 0}
             for task in Path(f"/proc/{os.getpid()}/task").iterdir():
                 pids += [int(pid) for pid in (task / "children").read_text().split()]

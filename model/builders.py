@@ -145,7 +145,9 @@ def tiny_sd(folder: Path, seed: int = 0) -> Path:
         "eos_token_id": 519,
         "pad_token_id": 519,
     }
-    _pipeline(unet, vae, text, folder / "tokenizer", seed).save_pretrained(folder)
+    pipeline = _pipeline(unet, vae, text, folder / "tokenizer", seed)
+    with quiet():
+        pipeline.save_pretrained(folder)
     return folder
 
 

@@ -174,7 +174,7 @@ def _text_encoder(pipeline: Any) -> Part:
             TensorSpec("pooler_output", "float32", ("batch", config.hidden_size)),
         ),
         Example({"batch": (2, 3)}, {"input_ids": (0, config.vocab_size)}),
-        config.to_dict(),
+        {key: value for key, value in config.to_dict().items() if key != "_name_or_path"},
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ..runtime.errors import CheckpointError
 from ..runtime.manifest import GridSpec
 from ..runtime.process import EDM, DiscreteVP, Process, RectifiedFlow
@@ -42,9 +44,11 @@ def process_of(scheduler: Any) -> Process:
         described = DiscreteVP.from_schedule(
             config.beta_schedule, config.beta_start, config.beta_end, len(betas)
         )
-        same = DiscreteVP.from_betas(betas).alphas_cumprod
-        if abs(described.alphas_cumprod / same - 1).max() < 1e-4:  # float32 betas, a thousand multiplied
+        taken = DiscreteVP.from_betas(betas)
+        # a thousand float32 betas multiplied; where they end at zero exactly, so must the description
+        if np.allclose(described.alphas_cumprod, taken.alphas_cumprod, rtol=1e-4, atol=0):
             return described
+        return taken
     return DiscreteVP.from_betas(betas)
 
 
