@@ -12,7 +12,8 @@ import os
 import signal
 import sys
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import FrameType
 from typing import Any, NoReturn
@@ -65,10 +66,10 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     as_json, debug = "--json" in argv, "--debug" in argv
     command = next((word for word in argv if word in COMMANDS), None)
-    _stop_on_sigterm()
     try:
-        args = build_parser(command).parse_args(argv)
-        answer: Answer = _module(args.command).call(args)
+        with _sigterm_interrupts():
+            args = build_parser(command).parse_args(argv)
+            answer: Answer = _module(args.command).call(args)
     except BrokenPipeError:
         return _broken_pipe()
     except BaseException as error:
@@ -120,14 +121,22 @@ def _broken_pipe() -> int:
     return 0
 
 
-def _stop_on_sigterm() -> None:
-    """SIGTERM unwinds like Ctrl-C, so that temporary folders are removed on the way out."""
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """Inside, SIGTERM unwinds like Ctrl-C, so that temporary folders are removed on the way out."""
 
     def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
 
-    with suppress(ValueError):  # not the main thread: an embedding program owns the signals
-        signal.signal(signal.SIGTERM, interrupt)
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: an embedding program owns the signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,7 @@ def fewstep():
         command = [sys.executable, "-m", "fewstep.tools.cli", *map(str, words)]
         environment = {**os.environ, **options.pop("env", {})}
         return subprocess.run(
-            command, capture_output=True, text=True, timeout=120, env=environment, **options
+            command, capture_output=True, text=True, timeout=600, env=environment, **options
         )
 
     return run

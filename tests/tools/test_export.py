@@ -113,7 +113,7 @@ def test_a_signal_stops_an_export_and_leaves_nothing(number, tiny_sd, tmp_path):
             break
         time.sleep(0.02)
     os.kill(process.pid, number)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert not list(tmp_path.iterdir())

@@ -159,7 +159,7 @@ def test_a_signal_stops_a_run_and_leaves_no_half_file(number, text_bundle, tmp_p
             break
         time.sleep(0.1)
     os.kill(process.pid, number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert err.strip().splitlines()[-1] == "fewstep: error: interrupted"
