@@ -22,7 +22,7 @@ GUIDANCE_SD = 7.5
 GUIDANCE_DIT = 4.0
 """diffusers' default: DiTPipeline.__call__(guidance_scale=4.0)."""
 
-LICENSE_NAMES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING", "NOTICE", "OFL.txt")
+LICENSE_NAMES = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*", "OFL*")
 
 
 @dataclass(frozen=True)
@@ -190,13 +190,11 @@ def _license(folder: Path | None) -> tuple[str, tuple[Path, ...]]:
     """The licence a checkpoint states: its files, and the `license:` line of its model card's header."""
     if folder is None:
         return "", ()
-    files = tuple(folder / name for name in LICENSE_NAMES if (folder / name).is_file())
+    files = sorted({file for name in LICENSE_NAMES for file in folder.glob(name) if file.is_file()})
     card = folder / "README.md"
     lines = card.read_text(encoding="utf-8", errors="replace").splitlines()[:50] if card.is_file() else []
-    named = [
-        line.partition(":")[2].strip() for line in lines if line.startswith(("license:", "license_name:"))
-    ]
-    return (named[-1] if named else "; see " + ", ".join(f.name for f in files) if files else ""), files
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith(("license:", "license_name:"))]
+    return named[-1] if named else "see " + ", ".join(f.name for f in files) if files else "", tuple(files)
 
 
 def _config(thing: Any) -> dict[str, Any]:
