@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ COMPONENTS: Mapping[tuple[str, str], str] = {
 }
 """Library and class that model_index.json may name -> what it is. Nothing else is ever imported for a checkpoint:
 naming a class there is how a checkpoint would run code (diffusers GHSA-4prv-5hj7-c2xr)."""
+
+GUIDANCE_KEY = "_guidance_scale"
+"""Ours, in model_index.json: the guidance a model draws best with. diffusers ignores keys that begin with "_", and has
+one default for all Stable Diffusion pipelines, 7.5."""
 
 IGNORED = {"safety_checker", "feature_extractor", "image_encoder", "watermark"}
 """Components a bundle has no use for."""
@@ -124,7 +129,17 @@ def load_folder(folder: Path, name: str = "") -> Model:
         parts["tokenizer"] = _tokenizer(index)
     with quiet():
         pipeline = FAMILIES[index.pipeline].build(diffusers(), {**parts, "scheduler": scheduler}, index.data)
-    return from_pipeline(pipeline, name or folder.resolve().name, folder)
+    model = from_pipeline(pipeline, name or folder.resolve().name, folder)
+    scale = index.data.get(GUIDANCE_KEY)
+    if scale is None or model.guidance.kind == "none":
+        return model
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise CheckpointError(
+            f"{folder / 'model_index.json'}: {GUIDANCE_KEY} is {scale!r}",
+            expected="a number",
+            fix="correct or remove it",
+        )
+    return replace(model, guidance=replace(model.guidance, scale=float(scale)))
 
 
 def _network(index: Index, component: str) -> Any:

@@ -72,6 +72,24 @@ def test_zero_terminal_snr_betas_are_kept_as_they_are(copy):
     assert model.process.alpha(1000) < 1e-6
 
 
+def set_guidance(folder, value):
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_guidance_scale": value}))
+
+
+def test_a_model_can_name_its_guidance_and_diffusers_does_not_mind(copy):
+    import diffusers
+
+    set_guidance(copy, 3)
+    assert load(copy).guidance.scale == 3.0
+    diffusers.StableDiffusionPipeline.from_pretrained(copy, safety_checker=None)
+
+
+def test_guidance_that_is_no_number_is_refused(copy):
+    set_guidance(copy, "strong")
+    refused(copy, "_guidance_scale is 'strong'", "correct or remove it")
+
+
 def test_a_licence_travels_with_the_model(copy):
     (copy / "README.md").write_text("---\nlicense: ofl-1.1\n---\n# tiny\n")
     (copy / "LICENSE.txt").write_text("words")
