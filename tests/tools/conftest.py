@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import onnx
@@ -161,6 +163,34 @@ def text_bundle(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pixel_bundle(tmp_path_factory):
     return write_bundle(tmp_path_factory.mktemp("bundles") / "free", text=False, name="free")
+
+
+@pytest.fixture
+def start():
+    """Start a command that Ctrl-C can stop, also where these tests run in the background (`pytest &` ignores it)."""
+
+    def run(*words, **options):
+        return subprocess.Popen(
+            [sys.executable, "-m", "fewstep.tools.cli", *map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            **options,
+        )
+
+    return run
+
+
+@pytest.fixture
+def appears():
+    """Wait until a file that matches is in the folder, or the process is over: `appears(folder, "*", process)`."""
+
+    def wait(folder, pattern, process):
+        while not list(folder.glob(pattern)) and process.poll() is None:
+            time.sleep(0.02)
+
+    return wait
 
 
 @pytest.fixture

@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
@@ -103,15 +100,9 @@ def test_a_folder_that_is_not_ours_is_left_alone(main, tiny_sd, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_an_export_and_leaves_nothing(number, tiny_sd, tmp_path):
-    command = [sys.executable, "-m", "fewstep.tools.cli", "export", str(tiny_sd), *TARGET, "-o", "bundle"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    for _ in range(3000):
-        if list(tmp_path.iterdir()) or process.poll() is not None:
-            break
-        time.sleep(0.02)
+def test_a_signal_stops_an_export_and_leaves_nothing(number, tiny_sd, tmp_path, start, appears):
+    process = start("export", tiny_sd, *TARGET, "-o", "bundle", cwd=tmp_path)
+    appears(tmp_path, "*", process)
     os.kill(process.pid, number)
     _, err = process.communicate(timeout=600)
     assert process.returncode == 130, err
@@ -119,15 +110,14 @@ def test_a_signal_stops_an_export_and_leaves_nothing(number, tiny_sd, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_export_leaves_nothing_under_the_final_name_and_the_next_one_cleans_up(tiny_sd, tmp_path):
-    command = [sys.executable, "-m", "fewstep.tools.cli", "export", str(tiny_sd), *TARGET, "-o", "bundle"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(3000):
-        if list(tmp_path.iterdir()) or process.poll() is not None:
-            break
-        time.sleep(0.02)
+def test_a_killed_export_leaves_nothing_under_the_final_name_and_the_next_one_cleans_up(
+    tiny_sd, tmp_path, start, appears, fewstep
+):
+    words = ("export", tiny_sd, *TARGET, "-o", "bundle")
+    process = start(*words, cwd=tmp_path)
+    appears(tmp_path, "*", process)
     process.kill()
-    process.wait()
+    process.communicate()
     assert not (tmp_path / "bundle").exists()
-    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
+    assert fewstep(*words, cwd=tmp_path).returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

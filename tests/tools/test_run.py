@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -139,7 +136,7 @@ def test_a_missing_prompt_is_bad_input_as_json(draw):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_a_run_and_leaves_no_half_file(number, text_bundle, tmp_path):
+def test_a_signal_stops_a_run_and_leaves_no_half_file(number, text_bundle, tmp_path, start, appears):
     words = [
         "run",
         text_bundle,
@@ -152,12 +149,8 @@ def test_a_signal_stops_a_run_and_leaves_no_half_file(number, text_bundle, tmp_p
         "-o",
         tmp_path / "x.png",
     ]
-    command = [sys.executable, "-m", "fewstep.tools.cli", *map(str, words)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for _ in range(600):
-        if list(tmp_path.glob("x-*.png")) or process.poll() is not None:
-            break
-        time.sleep(0.1)
+    process = start(*words)
+    appears(tmp_path, "x-*.png", process)
     os.kill(process.pid, number)
     _, err = process.communicate(timeout=600)
     assert process.returncode == 130, err
