@@ -193,7 +193,9 @@ def _license(folder: Path | None) -> tuple[str, tuple[Path, ...]]:
     files = sorted({file for name in LICENSE_NAMES for file in folder.glob(name) if file.is_file()})
     card = folder / "README.md"
     lines = card.read_text(encoding="utf-8", errors="replace").splitlines()[:50] if card.is_file() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith(("license:", "license_name:"))]
+    named = [
+        line.partition(":")[2].strip() for line in lines if line.startswith(("license:", "license_name:"))
+    ]
     return named[-1] if named else "see " + ", ".join(f.name for f in files) if files else "", tuple(files)
 
 

@@ -24,7 +24,9 @@ EXTRAS = {"onnxruntime": "onnx"}
 class Session(Protocol):
     """One loaded graph on one engine: named arrays in, named arrays out."""
 
-    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+    def run(
+        self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None
+    ) -> dict[str, NDArray[Any]]:
         """Run the graph once. `outputs` picks some of the outputs; None means all."""
         ...
 

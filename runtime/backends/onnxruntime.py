@@ -23,7 +23,9 @@ class OnnxRuntimeSession:
     def __init__(self, session: onnxruntime.InferenceSession) -> None:
         self._session: onnxruntime.InferenceSession | None = session
 
-    def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+    def run(
+        self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None
+    ) -> dict[str, NDArray[Any]]:
         assert self._session is not None, "this session is closed"
         names = list(outputs) if outputs else [output.name for output in self._session.get_outputs()]
         return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
@@ -34,12 +36,14 @@ class OnnxRuntimeSession:
 
 def open_session(path: Path, spec: PartSpec, *, threads: int | None = None) -> OnnxRuntimeSession:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only: its warnings are about graphs, not about anything a user did
+    options.log_severity_level = (
+        3  # errors only: its warnings are about graphs, not about anything a user did
+    )
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises a dozen unrelated types, some of them straight from pybind
+    except Exception as error:  # it raises a dozen unrelated types, some of them straight from pybind
         raise BundleError(
             f"{path.name}: ONNX Runtime {onnxruntime.__version__} cannot load it ({str(error).splitlines()[0]})",
             fix="export the bundle again, or update onnxruntime",
