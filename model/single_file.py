@@ -41,14 +41,17 @@ def summarize_single_file(file: Path) -> dict[str, int]:
 def load_single_file(file: Path, config: Path | None) -> Model:
     """Read it with diffusers' own converter; nothing is fetched.
 
-    config  a diffusers folder of the same family: its configuration and tokenizer, not its weights
+    config  a diffusers folder of the same family: its configuration and tokenizer, not its weights. Unless given, the
+            folder the file lies in, where that is one.
     """
     summarize_single_file(file)
+    if config is None and (file.parent / "model_index.json").exists():
+        config = file.parent
     if config is None:
         raise CheckpointError(
             f"{file} holds weights alone",
             expected="a diffusers folder of the same family beside it, for the tokenizer and the configuration",
-            fix="pass that folder with --config",
+            fix="put the file into that folder, or pass config=folder",
         )
     index = read_index(config)
     check_finite([file])
@@ -65,7 +68,7 @@ def load_single_file(file: Path, config: Path | None) -> Model:
         line = " ".join(str(error).split())[:300]
         raise CheckpointError(
             f"{file} cannot be read with the configuration of {config} ({type(error).__name__}: {line})",
-            fix="pass a folder of the same family with --config",
+            fix="take the folder the file was made from",
         ) from error
     for name in index.networks():
         getattr(pipeline, name).float().eval()
