@@ -35,8 +35,12 @@ Array = NDArray[Any]
 MAX_DB = 300.0
 """Stands for "equal" where the error is 0: JSON has no infinity, and float64 itself ends at 313 dB."""
 
+DEAR = 10**10
+"""Part.work above which fewer cases are tried: SD-1.5's U-Net has 3.5e12 and takes 7 core-seconds a forward, its
+decoder 2e11 and 16; the U-Net of emoji-64 1.2e9 and 6 milliseconds."""
+
 PROMPTS = ("a cat", "a red apple")
-"""Short: a small tokenizer may spend a token on every letter. Two, so that images of a batch cannot be mixed up."""
+"""Short: a small tokenizer may spend a token on every letter."""
 
 SEED = 20
 """Of the first image the pipelines are compared on; any will do."""
@@ -68,8 +72,7 @@ class PartQuality:
 def cases(part: Part, *, few: bool) -> dict[str, dict[str, Array]]:
     """Named inputs to compare on: two shapes, batches of 1 and 2, every sample at a time of its own.
 
-    Times include both ends of their range. `few` leaves out what only combines those in other ways: one forward of
-    SD-1.5's U-Net takes 7 core-seconds.
+    Times include both ends of their range. `few` leaves out what only combines those in other ways.
     """
     default, other = part.example.default_sizes(), part.example.other_sizes()
     low, high = part.example.ranges.get("timestep", (0.0, 0.0))
@@ -187,27 +190,27 @@ def judge_pipeline(psnr: float, target: Target, plan: str) -> None:
         )
 
 
-def draw(folder: Path, manifest: Manifest) -> tuple[Array, dict[str, Any]]:
+def draw(folder: Path, manifest: Manifest, count: int) -> tuple[Array, dict[str, Any]]:
     """Images of the unpublished bundle in `folder`, [n, height, width, channels] in 0..1, and its golden latent."""
     with Pipeline(_unpublished(folder, manifest), low_memory=True) as pipeline:
-        images = pipeline(**_arguments(manifest), seed=SEED, output_type="np").images
+        images = pipeline(**_arguments(manifest, count), seed=SEED, output_type="np").images
         return images, golden_latent(pipeline)
 
 
-def draw_by_torch(model: Model, folder: Path, manifest: Manifest) -> Array:
+def draw_by_torch(model: Model, folder: Path, manifest: Manifest, count: int) -> Array:
     """The same images by the same plan, with the torch modules in the place of the graphs."""
     sessions: dict[str, Session] = {part.name: _TorchSession(part) for part in model}
     with Pipeline(_unpublished(folder, manifest), _sessions=sessions) as pipeline:
-        return np.asarray(pipeline(**_arguments(manifest), seed=SEED, output_type="np").images)
+        return np.asarray(pipeline(**_arguments(manifest, count), seed=SEED, output_type="np").images)
 
 
-def draw_by_diffusers(model: Model, manifest: Manifest, steps: int) -> Array:
+def draw_by_diffusers(model: Model, manifest: Manifest, steps: int, count: int) -> Array:
     """The same images by diffusers itself: its pipeline, its scheduler, torch's generators with equal seeds."""
     th, pipeline = torch(), model.original
-    arguments = _arguments(manifest)
+    arguments = _arguments(manifest, count)
     if "num_images_per_prompt" in arguments:
         arguments = {"batch_size": arguments["num_images_per_prompt"]}
-    generators = [th.Generator("cpu").manual_seed(SEED + i) for i in range(len(PROMPTS))]
+    generators = [th.Generator("cpu").manual_seed(SEED + i) for i in range(count)]
     with quiet(), th.no_grad():
         pipeline.set_progress_bar_config(disable=True)
         images = pipeline(
@@ -216,14 +219,14 @@ def draw_by_diffusers(model: Model, manifest: Manifest, steps: int) -> Array:
     return np.asarray(images)
 
 
-def _arguments(manifest: Manifest) -> dict[str, Any]:
-    """What both pipelines are asked for: two images, at the model's own guidance."""
+def _arguments(manifest: Manifest, count: int) -> dict[str, Any]:
+    """What both pipelines are asked for: one image or two, at the model's own guidance."""
     guidance = {} if manifest.guidance.kind == "none" else {"guidance_scale": manifest.guidance.scale}
     if manifest.tokenizer is not None:
-        return {"prompt": list(PROMPTS), **guidance}
+        return {"prompt": list(PROMPTS[:count]), **guidance}
     if manifest.classes is not None:
-        return {"class_labels": [0, manifest.classes - 1], **guidance}
-    return {"num_images_per_prompt": len(PROMPTS)}
+        return {"class_labels": [0, manifest.classes - 1][:count], **guidance}
+    return {"num_images_per_prompt": count}
 
 
 def _unpublished(folder: Path, manifest: Manifest) -> Bundle:

@@ -80,7 +80,7 @@ def check(part: Part, spec: PartSpec, graph: Path, work: Path) -> tuple[gate.Par
     The second value is the peak resident memory of that process, in bytes.
     """
     large = part.weight_bytes() > LARGE_BYTES
-    tried = gate.cases(part, few=large)
+    tried = gate.cases(part, few=part.work() > gate.DEAR)
     feeds = list(tried.values())
     if large:
         done = child.call(gate.run_graph, graph, spec, feeds, work=work)
@@ -97,22 +97,24 @@ def check_pipeline(
     """The whole pipeline against the original with equal seeds: what was measured, and the golden latent.
 
     Against diffusers where the plan is that of the model's own scheduler, otherwise against the torch modules run
-    by the same plan. A model with a large part draws in few steps: GATE_STEPS. Raises GateFailed.
+    by the same plan. A dear model draws one image in few steps: GATE_STEPS. Raises GateFailed.
     """
     large = any(part.weight_bytes() > LARGE_BYTES for part in model)
+    dear = any(part.work() > gate.DEAR for part in model)
+    count = 1 if dear else 2
     shown = manifest
-    if large and steps > GATE_STEPS:
+    if dear and steps > GATE_STEPS:
         short = plan_of(model, sampler, GATE_STEPS)
         shown, steps = replace(manifest, plans={"default": short.to_json()}), GATE_STEPS
     if large:
-        images, golden = child.call(gate.draw, folder, shown, work=work).value
+        images, golden = child.call(gate.draw, folder, shown, count, work=work).value
     else:
-        images, golden = gate.draw(folder, shown)
+        images, golden = gate.draw(folder, shown, count)
     by_diffusers = sampler == "model" and model.original is not None
     wanted = (
-        gate.draw_by_diffusers(model, shown, steps)
+        gate.draw_by_diffusers(model, shown, steps, count)
         if by_diffusers
-        else gate.draw_by_torch(model, folder, shown)
+        else gate.draw_by_torch(model, folder, shown, count)
     )
     psnr = gate.psnr_db(wanted, images)
     name = shown.plans["default"]["sampler"]

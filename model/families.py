@@ -134,28 +134,29 @@ def _denoiser(name: str, network: Any, sample: SampleSpec, levels: int, pipeline
         inputs.append(TensorSpec("encoder_hidden_states", "float32", ("batch", length, channels)))
     else:
         module = PlainDenoiser(network)
-    # twice a U-Net's smallest step apart: both axes change, and differently
-    step = sample.multiple // sample.factor
     sizes = {"batch": (2, 3)}
     if not sample.fixed:
-        sizes |= {"height": (latent[0], latent[0] + step), "width": (latent[1], max(step, latent[1] - step))}
+        sizes |= _other_sizes(latent, sample.multiple // sample.factor)
     out = TensorSpec("out_sample", "float32", ("batch", sample.channels, height, width))
     return Part(name, module, tuple(inputs), (out,), Example(sizes, ranges), _config(network))
+
+
+def _other_sizes(latent: tuple[int, int], step: int) -> dict[str, tuple[int, int]]:
+    """The default size of each axis and another to try: about half, for speed, and height not equal to width."""
+    height, width = (max(step, size // 2 // step * step) for size in latent)
+    return {"height": (latent[0], height + step), "width": (latent[1], width)}
 
 
 def _decoder(vae: Any, sample: SampleSpec) -> Part:
     from .wrappers import Decoder
 
-    height, width = sample.height // sample.factor, sample.width // sample.factor
-    step = sample.multiple // sample.factor
+    latent = (sample.height // sample.factor, sample.width // sample.factor)
     return Part(
         "vae_decoder",
         Decoder(vae),
         (TensorSpec("latent_sample", "float32", ("batch", vae.config.latent_channels, "height", "width")),),
         (TensorSpec("sample", "float32", ("batch", vae.config.out_channels, "out_height", "out_width")),),
-        Example(
-            {"batch": (2, 3), "height": (height, height + step), "width": (width, max(step, width - step))}
-        ),
+        Example({"batch": (2, 3)} | _other_sizes(latent, sample.multiple // sample.factor)),
         _config(vae),
     )
 

@@ -70,6 +70,11 @@ class Part:
     def parameters(self) -> int:
         return sum(int(tensor.numel()) for tensor in self.module.parameters())
 
+    def work(self) -> int:
+        """Parameters times the pixels or cells of the default size: how dear one forward is, roughly."""
+        sizes = self.example.default_sizes()
+        return self.parameters() * sizes.get("height", 1) * sizes.get("width", 1)
+
     def weight_bytes(self) -> int:
         """Bytes of all weights and buffers as they lie in memory."""
         tensors = [*self.module.parameters(), *self.module.buffers()]
