@@ -32,10 +32,8 @@ def plan_of(model: Model, sampler: str, steps: int) -> Plan:
             with quiet():
                 return Plan.from_diffusers(_scheduler(model), steps)
         except NotLinear as error:
-            names = ", ".join(SAMPLERS)
-            raise NotLinear(
-                error.found, expected=error.expected, fix=f"pass --sampler with one of {names}"
-            ) from None
+            fix = f"pass --sampler with one of {', '.join(SAMPLERS)}, or switch that off in scheduler_config.json"
+            raise NotLinear(error.found, expected=error.expected, fix=fix) from None
     name = traced_sampler(model) if sampler == "model" else sampler
     return plan(name, steps, model.process, prediction=model.prediction, grid=model.grid)
 
