@@ -91,7 +91,7 @@ def train(args: argparse.Namespace) -> None:
         vae.quant_conv.requires_grad_(False)
     if state["model"]:
         vae.load_state_dict(state["model"])
-    peak = cfg["rate"] * (0.4 if args.decoder_only else 1.0)
+    peak = cfg["rate"] * (0.15 if args.decoder_only else 1.0)
     trainable = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=peak, betas=(0.9, 0.99), weight_decay=1e-4)
     if "optimizer" in state:
@@ -140,13 +140,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--until", help="stop at this time of day, HH:MM")
     parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--every", type=float, default=60.0, help="seconds between checkpoints")
     parser.add_argument(
         "--decoder-only", action="store_true", help="sharpen the decoder; latents stay the same"
     )
     parser.add_argument("--fresh-scale", action="store_true", help="measure the latent scale again")
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     if args.fresh_scale:
         (MODEL / "vae" / "config.json").unlink(missing_ok=True)
     train(args)

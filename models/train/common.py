@@ -47,6 +47,12 @@ class Budget:
         else:
             self.total = (minutes or 1.0) * 60
 
+    def take_up(self, share: float) -> None:
+        """Stretch the past so that the time left is the rest after this share."""
+        left = self.total - self.used
+        self.used = left * share / (1 - share)
+        self.total = self.used + left
+
     @property
     def elapsed(self) -> float:
         return self.used + time.time() - self.start

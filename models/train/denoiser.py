@@ -10,18 +10,17 @@ import time
 from typing import Any
 
 import numpy as np
-import render
 import tokenizer
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from common import MODEL, Average, Budget, config, load_state, save_state, set_rate, work_dir
+from compositions import load as load_compositions
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 TRAIN_STEPS = 1000
-FIRST_SEED = 3_000_000_000
 
 
 def build_text_encoder(cfg: dict[str, Any]) -> CLIPTextModel:
@@ -72,43 +71,6 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-@torch.no_grad()
-def dataset(vae: AutoencoderKL, compositions: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scaled latents (one per distinct picture), token ids and picture number of each composition.
-
-    Encoding once is what makes training on latents cheap; it is cached beside the checkpoints.
-    """
-    path = work_dir() / "latents.pt"
-    saved = load_state(path)
-    if saved is not None:
-        return saved["latents"], saved["tokens"], saved["picture"]
-    numbers: dict[render.Plan, int] = {}
-    picture, captions = [], []
-    for seed in range(compositions):
-        what, caption = render.plan(FIRST_SEED + seed)
-        picture.append(numbers.setdefault(what, len(numbers)))
-        captions.append(caption)
-    plans, started, parts = list(numbers), time.time(), []
-    for first in range(0, len(plans), 64):
-        images = np.stack([render.draw(p) for p in plans[first : first + 64]])
-        with torch.autocast("cpu", torch.bfloat16):
-            mean = vae.encode(torch.from_numpy(render.as_model_input(images))).latent_dist.mode()
-        parts.append((mean.float() * vae.config.scaling_factor).half())
-        if first % 6400 == 0:
-            speed = (first + 64) / (time.time() - started)
-            print(f"latents {first}/{len(plans)}, {speed:.0f}/s", flush=True)
-    latents = torch.cat(parts)
-    tokens = torch.from_numpy(tokenizer.encode(captions).astype(np.int16))
-    save_state(path, {"latents": latents, "tokens": tokens, "picture": torch.tensor(picture)})
-    return latents, tokens, torch.tensor(picture)
-
-
-def plain_rows(compositions: int) -> torch.Tensor:
-    """The compositions that show one emoji in the canonical way; they deserve extra practice."""
-    plans = (render.plan(FIRST_SEED + seed)[0] for seed in range(compositions))
-    return torch.tensor([row for row, what in enumerate(plans) if what.is_canonical])
-
-
 class Trainer:
     """Model, optimizer, averaged weights and their checkpoint."""
 
@@ -138,20 +100,23 @@ class Trainer:
         self.rank, self.workers = args.rank, args.workers
         torch.manual_seed(1_000 * self.step + self.rank)
         self.budget = Budget(args.until, args.minutes, elapsed)
+        if args.share is not None:
+            self.budget.take_up(args.share)
         vae = AutoencoderKL.from_pretrained(MODEL / "vae", dtype=torch.float32)
-        self.latents, self.tokens, self.picture = dataset(vae, self.cfg["compositions"])
-        self.plain = plain_rows(self.cfg["compositions"])
+        self.core, self.all = load_compositions(vae)
         self.alphas = build_scheduler().alphas_cumprod
         self.empty = torch.from_numpy(tokenizer.encode([""]).astype(np.int64))
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = torch.randint(len(self.picture), (self.cfg["batch"],))
-        extra = torch.rand(len(rows)) < self.cfg["plain_extra"]
-        rows[extra] = self.plain[torch.randint(len(self.plain), (int(extra.sum()),))]
-        tokens = self.tokens[rows].long()
-        drop = torch.rand(len(rows)) < self.cfg["drop_caption"]
+        core = int((torch.rand(self.cfg["batch"]) < self.cfg["core_share"]).sum())
+        parts = [
+            part.draw(number, self.cfg["plain_extra"])
+            for part, number in ((self.core, core), (self.all, self.cfg["batch"] - core))
+        ]
+        latents, tokens = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        drop = torch.rand(len(tokens)) < self.cfg["drop_caption"]
         tokens[drop] = self.empty
-        return self.latents[self.picture[rows]].float(), tokens
+        return latents, tokens
 
     def loss(self) -> torch.Tensor:
         """v-prediction at uniformly drawn times."""
@@ -288,6 +253,7 @@ def main() -> None:
     parser.add_argument(
         "--workers", type=int, default=2, help="single-threaded processes that share the work"
     )
+    parser.add_argument("--share", type=float, help="take the schedule up as if this share had been used")
     parser.add_argument("--rank", type=int, default=0, help="set by the first process for the others")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from captions import Emoji, load_emoji
 from PIL import Image, ImageDraw, ImageFont
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
+CONFIG = Path(__file__).parent / "config.toml"
 SIZE = 64
 STANDARD = 56  # drawn width of one emoji when the caption names no scale or place
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -96,6 +98,12 @@ class Catalogue:
         return len(self.emoji)
 
     @property
+    def core(self) -> tuple[int, ...]:
+        """Numbers of the emoji named in config.toml as the core."""
+        names = set(tomllib.loads(CONFIG.read_text())["core"]["names"])
+        return tuple(i for i, item in enumerate(self.emoji) if item.name in names)
+
+    @property
     def captions(self) -> list[str]:
         return [item.caption for item in self.emoji]
 
@@ -167,11 +175,12 @@ class Plan:
         return self.rgb == COLOURS["white"] and self.width == STANDARD and self.centres == ((0.5, 0.5),)
 
 
-def plan(seed: int, index: int | None = None) -> tuple[Plan, str]:
-    """The picture and the caption that a seed stands for."""
+def plan(seed: int, pool: tuple[int, ...] | None = None) -> tuple[Plan, str]:
+    """The picture and the caption that a seed stands for, of any emoji or of those in the pool."""
     rng = np.random.default_rng(seed)
     cat = catalogue()
-    index = int(rng.integers(len(cat))) if index is None else index
+    pool = pool or range(len(cat))
+    index = pool[int(rng.integers(len(pool)))]
     name, kind = _name_of(cat.emoji[index], rng), rng.random()
     # Some disorder keeps the model from drawing one fixed grid; too much of it would blur the pictures.
     dx, dy = rng.normal(0, 0.012, 2).clip(-0.03, 0.03).tolist() if rng.random() < 0.1 else (0.0, 0.0)
@@ -190,7 +199,7 @@ def plan(seed: int, index: int | None = None) -> tuple[Plan, str]:
             word, width = (("small", 34), ("large", 66))[int(rng.integers(2))]
             caption = _scaled(name, word)
     elif kind >= 0.86:  # two emoji side by side
-        other = int(rng.integers(len(cat)))
+        other = pool[int(rng.integers(len(pool)))]
         caption = f"{name} and {_name_of(cat.emoji[other], rng)}"
     if kind >= 0.76 and rng.random() < 0.5:
         colour = _colour(rng)
@@ -208,9 +217,9 @@ def draw(what: Plan) -> np.ndarray:
     return np.asarray(base)
 
 
-def compose(seed: int, index: int | None = None) -> Sample:
+def compose(seed: int, pool: tuple[int, ...] | None = None) -> Sample:
     """One training composition; the same seed always gives the same picture and caption."""
-    what, caption = plan(seed, index)
+    what, caption = plan(seed, pool)
     return Sample(draw(what), caption, what.emoji)
 
 
