@@ -75,14 +75,14 @@ def _lower_here(part: Part, folder: Path, baseline: Path | None, options: _Optio
 
 
 def check(part: Part, spec: PartSpec, graph: Path, work: Path) -> tuple[gate.PartQuality, int | None]:
-    """Torch here against the engine: in this process for a small part, in one of its own for a large one.
+    """Torch here against the engine: in this process for a small part, in one of its own for a large or dear one.
 
     The second value is the peak resident memory of that process, in bytes.
     """
-    large = part.weight_bytes() > LARGE_BYTES
-    tried = gate.cases(part, few=part.work() > gate.DEAR)
+    dear = part.work() > gate.DEAR
+    tried = gate.cases(part, few=dear)
     feeds = list(tried.values())
-    if large:
+    if dear or part.weight_bytes() > LARGE_BYTES:  # its activations can be larger than its weights
         done = child.call(gate.run_graph, graph, spec, feeds, work=work)
         got, peak = done.value, done.peak_rss_bytes
     else:
