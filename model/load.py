@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +140,7 @@ def _architecture(source: str) -> Model:
     name = _known_architecture(source)
     folder = Path(tempfile.mkdtemp(prefix="fewstep-tokenizer-"))
     pipeline = build_pipeline(name, folder)
+    weakref.finalize(pipeline, shutil.rmtree, folder, ignore_errors=True)  # read again when the bundle is written
     return from_pipeline(pipeline, f"{name}-random")
 
 
