@@ -56,9 +56,10 @@ class Bundle:
             raise _not_a_bundle(path)
         raw = b"".join(read_plain(folder, NAME, MAX_BYTES))
         manifest = Manifest.from_json(raw)
+        for name in sorted(manifest.files):  # before the walk, which would call the folder it left "empty"
+            if not os.path.lexists(folder / name):
+                raise BundleError(f"{path}: {name} is missing", fix=AGAIN)
         found = set(walk(folder))
-        for name in sorted(manifest.files.keys() - found):
-            raise BundleError(f"{path}: {name} is missing", fix=AGAIN)
         for name in sorted(found - manifest.files.keys() - {NAME}):
             raise BundleError(f"{path}: {name!r} is not listed in {NAME}", fix="delete it, or " + AGAIN)
         for name, spec in manifest.files.items():

@@ -21,6 +21,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe", metavar="FILE", type=Path, help="a TOML file instead of the target's recipe"
     )
+    parser.add_argument(
+        "--config",
+        metavar="DIR",
+        type=Path,
+        help="for a single .safetensors file: a diffusers folder of its family",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is already there")
     parser.add_argument("--download", action="store_true", help="allow fetching a hub id")
     parser.add_argument("--no-speed", action="store_true", help="do not compare with the un-optimized export")
@@ -41,6 +47,7 @@ def call(args: argparse.Namespace) -> Answer:
         overwrite=args.overwrite,
         dry_run=args.dry_run,
         allow_download=args.download,
+        config=args.config,
         measure_speed=not args.no_speed,
     )
     seen = watch(events, "export", describe)

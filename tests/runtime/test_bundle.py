@@ -126,6 +126,10 @@ def corruptions() -> dict[str, tuple[Callable[[Path], Any], str]]:
     return {
         "longer": (longer, r"unet/model\.xml has 1,001 bytes; expected 1,000"),
         "missing": (lambda p: (p / "model_index.json").unlink(), r"model_index\.json is missing"),
+        "last of its folder missing": (
+            lambda p: (p / "unet/model.xml").unlink(),
+            r"unet/model\.xml is missing",
+        ),
         "extra": (lambda p: (p / "unet/run.py").touch(), r"'unet/run\.py' is not listed.*delete it"),
         "hidden extra": (lambda p: (p / ".DS_Store").touch(), r"'\.DS_Store' is not listed"),
         "name that is no UTF-8": (
