@@ -140,7 +140,9 @@ def _architecture(source: str) -> Model:
     name = _known_architecture(source)
     folder = Path(tempfile.mkdtemp(prefix="fewstep-tokenizer-"))
     pipeline = build_pipeline(name, folder)
-    weakref.finalize(pipeline, shutil.rmtree, folder, ignore_errors=True)  # read again when the bundle is written
+    weakref.finalize(
+        pipeline, shutil.rmtree, folder, ignore_errors=True
+    )  # read again when the bundle is written
     return from_pipeline(pipeline, f"{name}-random")
 
 
