@@ -57,4 +57,4 @@ def test_the_wheel_is_pure_python_and_brings_the_command(wheel):
     _, archive = wheel
     assert archive.filename.endswith("-py3-none-any.whl")
     [entry] = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
-    assert "fewstep = fewstep.tools.cli:main" in archive.read(entry).decode()
+    assert "fewstep = fewstep.tools.cli:run" in archive.read(entry).decode()

@@ -7,6 +7,7 @@ one JSON document whatever happens; progress and error lines go to stderr.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ from .. import __version__
 from ..runtime.errors import BadInput, Cancelled, FewstepError, OutputError
 from .console import Answer, note
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
 
 COMMANDS = {
     "export": "turn a model into a bundle for a target",
@@ -139,5 +140,18 @@ def _sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def run() -> NoReturn:
+    """`main` as a program of its own."""
+    code = main()
+    if code == Cancelled.exit_code:
+        # Python kills itself with SIGINT at the end, whatever main returned, if the interrupt once passed through C
+        # code that runs Python (some extension modules while they are imported): leave before it can.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()
