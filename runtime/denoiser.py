@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,9 +38,7 @@ class Denoiser:
         guided = call.guided and self.unconditional is not None and self.guidance_scale != 1.0
         sample = x * call.scale if call.scale != 1.0 else x
         if guided:
-            assert self.unconditional is not None
-            condition = {k: np.concatenate([self.unconditional[k], v]) for k, v in self.condition.items()}
-            out = self._network(np.concatenate([sample, sample]), call.timestep, condition)
+            out = self._network(np.concatenate([sample, sample]), call.timestep, self._both)
             uncond, cond = out[: len(x)], out[len(x) :]
             out = uncond + self.guidance_scale * (cond - uncond)
         else:
@@ -49,6 +48,14 @@ class Denoiser:
         if a != 0.0:
             x0 += x * a
         return np.asarray(x0, dtype=x.dtype)
+
+    @cached_property
+    def _both(self) -> dict[str, Array]:
+        """The doubled batch's condition: the same at every step, so joined once."""
+        assert self.unconditional is not None, "only guided calls ask for it"
+        return {
+            name: np.concatenate([self.unconditional[name], value]) for name, value in self.condition.items()
+        }
 
     def _network(self, sample: Array, timestep: float, condition: Mapping[str, Array]) -> Array:
         feeds: dict[str, Array] = {}

@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import render
@@ -101,7 +102,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(2)
     pipe = load(args.model)
-    result: dict[str, object] = {
+    result: dict[str, Any] = {
         "parameters": {n: count(getattr(pipe, n)) for n in ("unet", "text_encoder", "vae")},
         "psnr_db": round(psnr(pipe.vae, held_out(args.psnr_images)), 2),
         "steps": args.steps,
@@ -130,7 +131,12 @@ def main() -> None:
     print("core captions missed:", [captions[core[i]] for i in torch.nonzero(rank > 0).flatten()])
     if args.others:
         rest = torch.tensor([i for i, row in enumerate(rows) if not row["core"]])
-        result["others"] = measure(spread(rest, args.others), chosen)[0]
+        others = result["others"] = measure(spread(rest, args.others), chosen)[0]
+        if others["captions"] == len(rest):
+            hits = {
+                key: result["core"][key] * len(core) + others[key] * len(rest) for key in ("top1", "top5")
+            }
+            result["all"] = {"captions": len(rows), **{key: hit / len(rows) for key, hit in hits.items()}}
     print(json.dumps(result, indent=2))
     np.savez_compressed(work_dir() / "generated.npz", pictures=pictures, rank=rank.numpy())
     if args.write:
