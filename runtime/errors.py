@@ -16,6 +16,8 @@ Each says what was found, what was expected and what to do, in one line.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 __all__ = [
     "BadInput",
     "BundleError",
@@ -61,7 +63,15 @@ class BundleError(BadInput):
 
 
 class PlanError(BadInput):
-    pass
+    @classmethod
+    def unknown(cls, what: str, name: str, known: Iterable[str]) -> PlanError:
+        """An unknown name, with the nearest known ones."""
+        from difflib import get_close_matches  # only here: it costs an import
+
+        known = list(known)
+        near = get_close_matches(name, known, n=3, cutoff=0.5)
+        fix = f"did you mean {' or '.join(near)}?" if near else ""
+        return cls(f"{what} {name!r}", expected=f"one of {', '.join(known)}", fix=fix)
 
 
 class NotLinear(PlanError):

@@ -8,7 +8,8 @@ from .errors import NotLinear
 
 Term = tuple[str, int, float]
 Terms = tuple[Term, ...]
-"""(kind, index, coefficient): kind "x" is a state, "d" the data prediction of a call, "n" a fresh noise."""
+"""(kind, index, coefficient): "x" is a state, "d" the data prediction of a call, "n" a fresh noise, "y" a given array,
+"z" the noise a run starts from."""
 
 
 class Linear:
@@ -26,10 +27,10 @@ class Linear:
 
     @property
     def terms(self) -> Terms:
-        """States, then predictions, then noises, each oldest first; terms that cancelled exactly are left out."""
+        """States, predictions, noises, given arrays, each oldest first; terms that cancelled exactly are left out."""
         if not self._c:
             raise NotLinear("a sampler whose state is constant zero")
-        order = "xdn"
+        order = "xdny"
         kept = {key: c for key, c in self._c.items() if c != 0.0} or dict(list(self._c.items())[:1])
         return tuple(
             (k, i, c) for (k, i), c in sorted(kept.items(), key=lambda e: (order.index(e[0][0]), e[0][1]))

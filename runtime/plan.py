@@ -3,13 +3,15 @@
 Almost every diffusion sampler is linear: each new state is a fixed combination of earlier states, earlier
 predictions and fresh noise, with coefficients that depend only on the process and the grid of times. A Plan is that
 table. spec/plan.md describes its JSON; a port to another language is this file's `run` and nothing else.
+
+Four kinds of value take part: states x, data predictions d (one a network call), fresh noises n, and given arrays y
+that the caller brings: the observation of a conditional process, an image to start from.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -17,10 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .errors import PlanError
-from .linear import Linear, Term, Terms
+from .errors import FewstepError, NotLinear, PlanError
+from .linear import Linear, Terms
 from .manifest import GridSpec
-from .process import Array, Process
+from .policy import Policy, predict
+from .process import Array, Process, observed
 from .samplers import SAMPLERS, Denoise, Sampler, Step
 from .times import check_steps, check_times, make_times
 
@@ -42,14 +45,16 @@ class Call:
     """The combination of states and predictions handed to `denoise`."""
     scale: float
     """The network itself sees scale * input."""
-    x0: tuple[float, float]
-    """x0 = x0[0] * input + x0[1] * network output."""
+    x0: tuple[float, float, float]
+    """x0 = x0[0] * input + x0[1] * network output + x0[2] * y 0, the observation (0 where there is none)."""
     next: Terms | None
     """The next state as a combination; None when another call comes first (Heun's inner call)."""
     graph: str = "denoiser"
     """Which graph to call: "denoiser", unless the bundle has several."""
     guided: bool = True
     """Whether guidance applies at this call."""
+    policies: tuple[Policy, ...] = ()
+    """What is done to this call's prediction that no table can express, in order; see policy.py."""
 
 
 class Time(float):
@@ -72,8 +77,8 @@ class Time(float):
 class Plan:
     """A table of network calls and linear updates, in float64.
 
-    The state may live in the sampler's own scaling (diffusers' Euler keeps x / alpha); `init_scale` times standard
-    normal noise starts it, and the last state is the clean sample.
+    The state may live in the sampler's own scaling (diffusers' Euler keeps x / alpha); `init` makes the first one,
+    and the last is the clean sample.
     """
 
     sampler: str
@@ -81,7 +86,8 @@ class Plan:
     """Steps as the user counts them: what was asked for, whatever the number of network calls."""
     prediction: str
     """epsilon, v_prediction, sample, flow or edm: the meaning of the network's output that `Call.x0` was built for."""
-    init_scale: float
+    init: Terms
+    """The first state: a combination of start noise ("z", 0, ...) and given arrays ("y", i, ...)."""
     calls: tuple[Call, ...]
 
     @property
@@ -96,17 +102,27 @@ class Plan:
             (i for call in self.calls for kind, i, _ in call.next or () if kind == "n"), default=-1
         )
 
+    @property
+    def givens(self) -> int:
+        """How many arrays the caller brings besides noise."""
+        reads = [self.init, *(call.input for call in self.calls), *(call.next or () for call in self.calls)]
+        used = [i for terms in reads for kind, i, _ in terms if kind == "y"]
+        return 1 + max(used, default=-1 if all(call.x0[2] == 0 for call in self.calls) else 0)
+
     @classmethod
     def trace(
         cls, sampler: Sampler, process: Process, times: ArrayLike, *, prediction: str = "", name: str = ""
     ) -> Plan:
         """Run a sampler once on symbols and write down what it does.
 
-        times       [steps + 1], strictly decreasing within the process's [0, t_max]
+        times       [steps + 1], strictly decreasing within the process's [0, t_max]; rising for an inversion
         prediction  what the network outputs; empty for the usual one: epsilon (discrete), edm, flow
         Raises PlanError for times out of order, NotLinear when the sampler does something no table can express.
+
+        A process with an observation y has x_t = alpha x0 + gamma y + sigma noise. Samplers then work on
+        u = x_t - gamma y, an ordinary process, so every one of them serves it; the network is handed u + gamma y.
         """
-        times = check_times(np.asarray(times, dtype=np.float64), process)
+        times = check_times(times, process, rising=True)
         prediction = prediction or {"edm": "edm", "rectified_flow": "flow"}.get(
             process.to_json()["kind"], "epsilon"
         )
@@ -114,14 +130,15 @@ class Plan:
         drawn = 0
 
         def denoise(x: Linear, t: float) -> Linear:
-            alpha, sigma = float(process.alpha(t)), float(process.sigma(t))
+            alpha, sigma, gamma = float(process.alpha(t)), float(process.sigma(t)), observed(process, t)
+            a, b = x0_conversion(prediction, alpha, sigma, getattr(process, "sigma_data", 0.5))
             rows.append(
                 {
-                    "t": t,
+                    "t": float(t),
                     "timestep": float(process.timestep(t)),
-                    "input": x.terms,
+                    "input": (x + Linear.atom("y", 0) * gamma if gamma else x).terms,
                     "scale": float(process.input_scale(t)),
-                    "x0": x0_conversion(prediction, alpha, sigma, getattr(process, "sigma_data", 0.5)),
+                    "x0": (a, b, -a * gamma),
                     "next": None,
                 }
             )
@@ -136,13 +153,14 @@ class Plan:
         # the sampler cannot tell symbols from arrays; the type checker can
         for step in sampler(denoise, process, x, times, noise):  # type: ignore[arg-type]
             state: Linear = step.x  # type: ignore[assignment]
+            if not rows or rows[-1]["next"] is not None:
+                raise NotLinear("a sampler that takes two steps with one network call")
             rows[-1]["next"] = state.terms
             # From here on this very object stands for the new state, so later rows refer to it instead of spelling
             # it out. Its value is unchanged, so whoever else holds it is right too.
             state.become(("x", step.index + 1))
-        start = float(np.hypot(process.alpha(times[0]), process.sigma(times[0])))
         name = name or getattr(sampler, "__name__", "custom")
-        return cls(name, len(times) - 1, prediction, start, tuple(Call(**row) for row in rows))
+        return cls(name, len(times) - 1, prediction, _start(process, times), tuple(Call(**r) for r in rows))
 
     @classmethod
     def from_diffusers(cls, scheduler: Any, steps: int, **timestep_options: Any) -> Plan:
@@ -156,20 +174,34 @@ class Plan:
         check_steps(steps)
         return probe(scheduler, steps, timestep_options)
 
-    def start(self, noise: Array) -> Array:
-        """The first state, from standard normal noise of the sample's shape."""
-        return noise * self.init_scale
+    def start(self, noise: Array, given: Sequence[Array] = ()) -> Array:
+        """The first state, from standard normal noise of the sample's shape and the arrays the plan is given."""
+        self._check_given(given)
+        values = {("z", 0): noise, **{("y", i): array for i, array in enumerate(given)}}
+        x = _combine(self.init, values, _no_noise)
+        return x.copy() if x is noise else x
 
-    def run(self, denoise: Denoise, x: Array, noise: Callable[[], Array] | None = None) -> Iterator[Step]:
+    def run(
+        self,
+        denoise: Denoise,
+        x: Array,
+        noise: Callable[[], Array] | None = None,
+        given: Sequence[Array] = (),
+    ) -> Iterator[Step]:
         """Sample.
 
         denoise  (x, t) -> estimate of the clean sample, same shape; t is a float with `.timestep` and `.call` (Time)
-        x        the state at the first call, `init_scale` times standard normal noise; any shape, float32 or float64
+        x        the state at the first call, as `start` makes it; [batch, ...], float32 or float64
         noise    () -> fresh standard normal of x's shape, called `noises` times in order; PlanError if it is missing
+        given    `givens` arrays of x's shape: the observation, for processes that have one
+
+        Raises FewstepError, naming the step, when a prediction holds NaN or infinity.
         """
         if self.noises and noise is None:
             raise PlanError(f"no noise for {self.sampler}", expected=f"a source of {self.noises} noises")
+        self._check_given(given)
         values: dict[tuple[str, int], Array] = {("x", 0): x}
+        values.update({("y", i): array for i, array in enumerate(given)})
         drawn = 0
 
         def draw(i: int) -> Array:
@@ -182,7 +214,14 @@ class Plan:
 
         index = 0
         for k, (call, dead) in enumerate(zip(self.calls, self._dead, strict=True)):
-            x0 = values["d", k] = denoise(_combine(call.input, values, draw), Time(call))
+            z = _combine(call.input, values, draw)
+            x0 = values["d", k] = predict(call, z, denoise) if call.policies else denoise(z, Time(call))
+            if not math.isfinite(float(np.sum(x0))) and not np.isfinite(x0).all():
+                where = f"call {k + 1} of {len(self.calls)}, {call.graph} at timestep {call.timestep:g}"
+                raise FewstepError(
+                    f"{where}: the network's output holds NaN or infinity",
+                    fix="a layer overflows in this precision; export that part in float32",
+                )
             if call.next is not None:
                 index += 1
                 x = values["x", index] = _combine(call.next, values, draw)
@@ -190,6 +229,13 @@ class Plan:
                 values.pop(key, None)
             if call.next is not None:
                 yield Step(index - 1, x, x0)
+
+    def _check_given(self, given: Sequence[Array]) -> None:
+        if len(given) != self.givens:
+            raise PlanError(
+                f"{len(given)} given arrays for {self.sampler}",
+                expected=f"{self.givens}" + (", the observation first" if self.givens else ""),
+            )
 
     @cached_property
     def _dead(self) -> tuple[tuple[tuple[str, int], ...], ...]:
@@ -214,7 +260,7 @@ class Plan:
             "sampler": self.sampler,
             "steps": self.steps,
             "prediction": self.prediction,
-            "init_scale": self.init_scale,
+            "init": [list(term) for term in self.init],
             "calls": [
                 {
                     "t": call.t,
@@ -225,6 +271,7 @@ class Plan:
                     "next": None if call.next is None else [list(term) for term in call.next],
                     "graph": call.graph,
                     "guided": call.guided,
+                    "policies": [policy.to_json() for policy in call.policies],
                 }
                 for call in self.calls
             ],
@@ -233,30 +280,9 @@ class Plan:
     @classmethod
     def from_json(cls, data: Mapping[str, Any] | str) -> Plan:
         """Read a plan and check that it can run. Raises PlanError naming the row at fault."""
-        if isinstance(data, str):
-            try:
-                data = json.loads(data)
-            except ValueError as error:
-                raise PlanError(f"a plan that is not JSON ({error})") from None
-        if not isinstance(data, Mapping) or set(data) != _PLAN_FIELDS:
-            found = sorted(data) if isinstance(data, Mapping) else type(data).__name__
-            raise PlanError(f"a plan with {found}", expected=", ".join(sorted(_PLAN_FIELDS)))
-        rows = data["calls"]
-        if not isinstance(rows, list) or not 1 <= len(rows) <= MAX_CALLS:
-            raise PlanError("a plan whose calls are missing or too many", expected=f"1 to {MAX_CALLS} rows")
-        if not isinstance(data["sampler"], str) or not isinstance(data["prediction"], str):
-            raise PlanError("a plan whose sampler or prediction is not a name")
-        check_steps(data["steps"])
-        calls, states = [], 1
-        for k, row in enumerate(rows):
-            calls.append(_call(row, k, states))
-            states += calls[-1].next is not None
-        if calls[-1].next is None:
-            raise PlanError(
-                "a plan whose last call leads to no state", expected="a next state in the last row"
-            )
-        start = _number(data["init_scale"], "init_scale")
-        return cls(data["sampler"], data["steps"], data["prediction"], start, tuple(calls))
+        from .planfile import read
+
+        return read(data)
 
 
 def plan(
@@ -280,7 +306,7 @@ def plan(
     name = sampler if isinstance(sampler, str) else getattr(sampler, "__name__", "custom")
     if isinstance(sampler, str):
         if sampler not in SAMPLERS:
-            raise PlanError(f"sampler {sampler!r}", expected=f"one of {', '.join(SAMPLERS)}")
+            raise PlanError.unknown("sampler", sampler, SAMPLERS)
         sampler = SAMPLERS[sampler]
     if isinstance(times, str):
         spacing = "lcm" if times == "auto" and name == "lcm" else times
@@ -289,7 +315,16 @@ def plan(
         times = make_times(spacing, steps, process, grid)
     elif len(np.asarray(times)) != steps + 1:
         raise PlanError(f"{len(np.asarray(times))} times for {steps} steps", expected=f"{steps + 1} times")
-    return Plan.trace(sampler, process, times, prediction=prediction, name=name)
+    return Plan.trace(sampler, process, check_times(times, process), prediction=prediction, name=name)
+
+
+def _start(process: Process, times: Array) -> Terms:
+    """The first state. Without an observation: noise with the spread of data of unit variance, noised. With one, it
+    stands in for the unknown clean sample, as ResShift and the mean-reverting processes have it."""
+    alpha, sigma = float(process.alpha(times[0])), float(process.sigma(times[0]))
+    if not hasattr(process, "gamma"):
+        return (("z", 0, float(np.hypot(alpha, sigma))),)
+    return tuple(term for term in (("z", 0, sigma), ("y", 0, alpha)) if term[2] != 0)
 
 
 def x0_conversion(
@@ -321,6 +356,10 @@ def x0_conversion(
     raise PlanError(f"prediction {prediction!r}", expected="epsilon, v_prediction, sample, flow or edm")
 
 
+def _no_noise(i: int) -> Array:
+    raise AssertionError("planfile.read lets a start read no noise but its own")
+
+
 def _combine(terms: Terms, values: dict[tuple[str, int], Array], draw: Callable[[int], Array]) -> Array:
     """sum of coefficient * value, with one temporary; a lone term of coefficient 1 is passed on untouched."""
     total = scratch = None
@@ -335,49 +374,3 @@ def _combine(terms: Terms, values: dict[tuple[str, int], Array], draw: Callable[
             total += scratch
     assert total is not None, "from_json and trace refuse empty combinations"
     return total
-
-
-_PLAN_FIELDS = {"sampler", "steps", "prediction", "init_scale", "calls"}
-_FIELDS = {"t", "timestep", "input", "scale", "x0", "next", "graph", "guided"}
-
-
-def _call(row: Any, k: int, states: int) -> Call:
-    if not isinstance(row, Mapping) or set(row) != _FIELDS:
-        raise PlanError(f"call {k} of a plan", expected=f"the fields {', '.join(sorted(_FIELDS))}")
-    if not isinstance(row["graph"], str) or not isinstance(row["guided"], bool):
-        raise PlanError(f"call {k} of a plan", expected="graph as a name and guided as true or false")
-    if not isinstance(row["x0"], list) or len(row["x0"]) != 2:
-        raise PlanError(f"call {k} of a plan", expected="x0 as two numbers")
-    return Call(
-        t=_number(row["t"], f"call {k}: t"),
-        timestep=_number(row["timestep"], f"call {k}: timestep"),
-        input=_terms(row["input"], {"x": states, "d": k, "n": MAX_CALLS}, f"call {k}: input"),
-        scale=_number(row["scale"], f"call {k}: scale"),
-        x0=(_number(row["x0"][0], f"call {k}: x0"), _number(row["x0"][1], f"call {k}: x0")),
-        next=None
-        if row["next"] is None
-        else _terms(row["next"], {"x": states, "d": k + 1, "n": MAX_CALLS}, f"call {k}: next"),
-        graph=row["graph"],
-        guided=row["guided"],
-    )
-
-
-def _terms(data: Any, known: dict[str, int], where: str) -> Terms:
-    """`known` counts the states, predictions and noises that exist when these terms are read."""
-    if not isinstance(data, list) or not 1 <= len(data) <= 3 * MAX_CALLS:
-        raise PlanError(f"{where} of a plan", expected="at least one [kind, index, coefficient]")
-    terms: list[Term] = []
-    for term in data:
-        if not isinstance(term, list) or len(term) != 3:
-            raise PlanError(f"{where} of a plan has the term {term!r}", expected="[kind, index, coefficient]")
-        kind, i, c = term
-        if kind not in known or type(i) is not int or not 0 <= i < known[kind]:
-            raise PlanError(f"{where} of a plan reads {kind!r} {i!r}, which does not exist yet")
-        terms.append((kind, i, _number(c, where)))
-    return tuple(terms)
-
-
-def _number(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise PlanError(f"{where} of a plan is {value!r}", expected="a finite number")
-    return float(value)

@@ -92,12 +92,16 @@ def _read(scheduler: Any, steps: int) -> tuple[Plan, list[Any]]:
                     timestep=float(timestep),
                     input=(("x", k, 1.0),),
                     scale=scale,
-                    x0=(a, b),
-                    next=rows.shorten(unit.terms(result.prev_sample, [*(call.x0 for call in calls), (a, b)])),
+                    x0=(a, b, 0.0),
+                    next=rows.shorten(
+                        unit.terms(result.prev_sample, [*(call.x0[:2] for call in calls), (a, b)])
+                    ),
                 )
             )
     start = float(getattr(scheduler, "init_noise_sigma", 1.0))
-    return Plan(type(scheduler).__name__, steps, _prediction(scheduler), start, tuple(calls)), timesteps
+    return Plan(
+        type(scheduler).__name__, steps, _prediction(scheduler), (("z", 0, start),), tuple(calls)
+    ), timesteps
 
 
 class _Units:
@@ -261,7 +265,7 @@ def _disagreement(plan: Plan, scheduler: Any, timesteps: list[Any], size: float)
     given, drawn = iter(outputs), iter(noises)
 
     def denoise(x: Array, t: float) -> Array:
-        a, b = t.call.x0  # type: ignore[attr-defined]
+        a, b, _ = t.call.x0  # type: ignore[attr-defined]
         return np.asarray(a * x + b * next(given))
 
     worst = 0.0

@@ -43,6 +43,12 @@ class Process(Protocol):
     def to_json(self) -> dict[str, Any]: ...
 
 
+def observed(process: Process, t: float) -> float:
+    """gamma(t) of a process with an observation, x_t = alpha x0 + gamma y + sigma noise; 0 for the others."""
+    gamma = getattr(process, "gamma", None)
+    return 0.0 if gamma is None else float(gamma(t))
+
+
 def lam(process: Process, t: ArrayLike) -> Array:
     """Half the log signal-to-noise ratio, log(alpha / sigma); +inf where sigma is 0."""
     with np.errstate(divide="ignore"):

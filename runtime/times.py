@@ -6,6 +6,7 @@ A grid is [steps + 1] float64 process times, strictly decreasing; the last one i
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .errors import PlanError
 from .manifest import GridSpec
@@ -35,7 +36,7 @@ def make_times(name: str, steps: int, process: Process, grid: GridSpec = GridSpe
             grid.spacing if isinstance(process, DiscreteVP) else "linspace" if _is_flow(process) else "karras"
         )
     if name not in GRIDS:
-        raise PlanError(f"time grid {name!r}", expected=f"auto, {', '.join(GRIDS)}, or an array of times")
+        raise PlanError.unknown("time grid", name, ["auto", *GRIDS])
     times = GRIDS[name](steps, process, grid)
     end = 1.0 if grid.final == "first" and isinstance(process, DiscreteVP) else 0.0
     times = np.append(times, end)
@@ -46,18 +47,22 @@ def make_times(name: str, steps: int, process: Process, grid: GridSpec = GridSpe
     return check_times(times, process)
 
 
-def check_times(times: Array, process: Process) -> Array:
-    """Raises PlanError unless the times are finite, strictly decreasing and inside [0, t_max]."""
+def check_times(times: ArrayLike, process: Process, *, rising: bool = False) -> Array:
+    """Raises PlanError unless the times are finite, strictly decreasing and inside [0, t_max].
+
+    rising  accept strictly rising times too: an inversion goes from clean to noise
+    """
     times = np.asarray(times, dtype=np.float64)
     if times.ndim != 1 or len(times) < 2 or not np.all(np.isfinite(times)):
         raise PlanError(f"times of shape {times.shape}", expected="at least two finite numbers in one row")
-    if np.any(np.diff(times) >= 0):
+    falls = np.diff(times) < 0
+    if not (falls.all() or (rising and not falls.any() and np.all(np.diff(times) > 0))):
         raise PlanError(
             f"times that repeat or rise over {len(times) - 1} steps",
             expected="strictly decreasing times",
             fix="use fewer steps or another time grid",
         )
-    if times[0] > process.t_max * (1 + 1e-9) or times[-1] < 0:
+    if times.max() > process.t_max * (1 + 1e-9) or times.min() < 0:
         raise PlanError(
             f"times from {times[0]:g} to {times[-1]:g}", expected=f"times within 0 and {process.t_max:g}"
         )

@@ -113,10 +113,10 @@ def test_old_predictions_are_freed_as_the_run_goes_on():
         assert sum(ref() is not None for ref in alive) <= 3
 
 
-def test_init_scale_is_the_spread_of_unit_data_at_the_start():
-    assert plan("ddim", 3, SD15).init_scale == pytest.approx(1)
-    assert plan("euler", 3, EDM()).init_scale == pytest.approx(np.hypot(1, 80))
-    assert plan("euler", 3, RectifiedFlow()).init_scale == 1
+def test_the_start_is_noise_with_the_spread_of_unit_data_at_the_start():
+    assert plan("ddim", 3, SD15).init == (("z", 0, pytest.approx(1)),)
+    assert plan("euler", 3, EDM()).init == (("z", 0, pytest.approx(np.hypot(1, 80))),)
+    assert plan("euler", 3, RectifiedFlow()).init == (("z", 0, 1.0),)
 
 
 @pytest.mark.parametrize("t", [1.0, 400.0, 1000.0])
@@ -191,7 +191,8 @@ def damaged(change):
         (lambda d: d["calls"][0]["next"].append(["x", 0]), "kind, index, coefficient"),
         (lambda d: d["calls"][0]["input"].clear(), "at least one"),
         (lambda d: d["calls"][2].update(next=None), "leads to no state"),
-        (lambda d: d.update(init_scale=float("inf")), "init_scale"),
+        (lambda d: d.update(init=[["z", 0, float("inf")]]), "init"),
+        (lambda d: d.update(init=[["x", 0, 1.0]]), "init"),
         (lambda d: d.update(steps=0), "0 steps"),
     ],
 )

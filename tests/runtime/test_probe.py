@@ -97,7 +97,7 @@ def by_diffusers(scheduler, steps, x, generator=None):
 
 def by_plan(table, x, noise=None):
     def denoise(x, t):
-        a, b = t.call.x0
+        a, b, _ = t.call.x0
         return a * x + b * network(t.call.scale * x, t.timestep)
 
     *_, last = table.run(denoise, table.start(x), noise)

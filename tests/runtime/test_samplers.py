@@ -118,7 +118,7 @@ def test_steps_out_of_range_are_refused(steps):
 
 
 def test_an_unknown_sampler_names_the_known_ones():
-    with pytest.raises(PlanError, match="ddim, dpmpp_2m, euler, heun, lcm"):
+    with pytest.raises(PlanError, match="did you mean ddim"):
         plan("ddjm", 5, SD15)
 
 
