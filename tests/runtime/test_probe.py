@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.runtime import Noise, Plan
+from fewstep.runtime import DiscreteVP, Noise, Plan
 from fewstep.runtime.errors import NotLinear, PlanError
+from fewstep.runtime.policy import Clip, Threshold
 
 SD15 = {
     "num_train_timesteps": 1000,
@@ -176,7 +177,8 @@ def by_diffusers_float32(scheduler, steps, x):
     ("name", "options", "reason"),
     [
         ("DDIMScheduler", {"clip_sample": True}, "clip_sample"),
-        ("DPMSolverMultistepScheduler", {"thresholding": True}, "percentiles"),
+        ("DDIMScheduler", {"clip_sample": False, "thresholding": True}, "thresholding"),
+        ("CMStochasticIterativeScheduler", {}, "clip_denoised"),
         ("DPMSolverSDEScheduler", {}, "correlated noise"),
         ("RePaintScheduler", {}, "RePaintScheduler"),
         ("KarrasVeScheduler", {}, "KarrasVeScheduler"),
@@ -187,6 +189,35 @@ def test_what_is_not_linear_is_refused_by_name(name, options, reason):
     cls = getattr(diffusers, name, None) or getattr(diffusers.schedulers, name)
     with pytest.raises(NotLinear, match=reason):
         Plan.from_diffusers(cls(**options), 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "policy"),
+    [
+        ("DDPMScheduler", {"clip_sample": True, "clip_sample_range": 2.0}, Clip(2.0)),
+        ("DDPMScheduler", {"thresholding": True, "sample_max_value": 1.5}, Threshold(0.995, 1.5)),
+        (
+            "DPMSolverMultistepScheduler",
+            {"thresholding": True, "sample_max_value": 3.0},
+            Threshold(0.995, 3.0),
+        ),
+        ("UniPCMultistepScheduler", {"thresholding": True}, Threshold(0.995, 1.0)),
+        ("UnCLIPScheduler", {}, Clip(1.0)),
+    ],
+)
+def test_what_a_scheduler_does_to_x0_alone_becomes_a_policy(name, options, policy):
+    scheduler = build(name, options)
+    table = Plan.from_diffusers(scheduler, 5)
+    assert all(call.policies == (policy,) for call in table.calls)
+    assert Plan.from_json(table.to_json()) == table
+
+
+def test_the_preview_of_a_multistep_solver_is_its_x0_from_the_first_call_on():
+    table = Plan.from_diffusers(build("DPMSolverMultistepScheduler", SD15), 5)
+    for call in table.calls:
+        process = DiscreteVP.from_schedule("scaled_linear", 0.00085, 0.012, 1000)
+        alpha, sigma = float(process.alpha(call.t)), float(process.sigma(call.t))
+        np.testing.assert_allclose(call.x0[:2], (1 / alpha, -sigma / alpha), rtol=1e-5)
 
 
 def test_probing_leaves_the_scheduler_alone():
