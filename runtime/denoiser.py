@@ -42,8 +42,12 @@ class Denoiser:
             out = self._network(np.concatenate([sample, sample]), call.timestep, self._both)
             uncond, cond = out[: len(x)], out[len(x) :]
             out = uncond + self.guidance_scale * (cond - uncond)
+            if out.shape[1] == 2 * x.shape[1]:
+                out[:, x.shape[1] :] = cond[:, x.shape[1] :]  # guidance is for the mean alone
         else:
             out = self._network(sample, call.timestep, self.condition)
+        if out.shape[1] == 2 * x.shape[1]:  # a network that learned its variance
+            out, t.variance = out[:, : x.shape[1]], out[:, x.shape[1] :]
         a, b, c = call.x0
         x0 = out * b
         if a != 0.0:
@@ -72,12 +76,7 @@ class Denoiser:
             else:
                 feeds[spec.name] = np.asarray(condition[spec.name], dtype=spec.dtype)
         name = self.spec.outputs[0].name
-        return _drop_variance(self.session.run(feeds, [name])[name], sample)
-
-
-def _drop_variance(out: Array, sample: Array) -> Array:
-    """A network that learned its variance has twice the channels; samplers use the first half (the mean)."""
-    return out[:, : sample.shape[1]] if out.shape[1] == 2 * sample.shape[1] else out
+        return self.session.run(feeds, [name])[name]
 
 
 def network_inputs(spec: PartSpec) -> dict[str, Any]:

@@ -60,12 +60,14 @@ class Call:
 class Time(float):
     """The process's time, with the row it comes from: `t.timestep` is what a discrete network wants."""
 
-    __slots__ = ("call",)
+    __slots__ = ("call", "variance")
     call: Call
+    variance: Array | None
+    """Set by a denoiser whose network learned its variance: the second half of the output's channels."""
 
     def __new__(cls, call: Call) -> Time:
         time = super().__new__(cls, call.t)
-        time.call = call
+        time.call, time.variance = call, None
         return time
 
     @property
@@ -215,7 +217,8 @@ class Plan:
         index = 0
         for k, (call, dead) in enumerate(zip(self.calls, self._dead, strict=True)):
             z = _combine(call.input, values, draw)
-            x0 = values["d", k] = predict(call, z, denoise) if call.policies else denoise(z, Time(call))
+            x0, scale = predict(call, z, denoise) if call.policies else (denoise(z, Time(call)), 1.0)
+            values["d", k] = x0
             if not math.isfinite(float(np.sum(x0))) and not np.isfinite(x0).all():
                 where = f"call {k + 1} of {len(self.calls)}, {call.graph} at timestep {call.timestep:g}"
                 raise FewstepError(
@@ -223,6 +226,8 @@ class Plan:
                     fix="a layer overflows in this precision; export that part in float32",
                 )
             if call.next is not None:
+                if not isinstance(scale, float):
+                    values.update({(n, i): draw(i) * scale for n, i, _ in call.next if n == "n"})
                 index += 1
                 x = values["x", index] = _combine(call.next, values, draw)
             for key in dead:

@@ -1,11 +1,12 @@
 """What a row of a plan may do that is not linear, by name: small, documented, the same in every port.
 
 A policy belongs to one network call. Those on the prediction (Clip, Threshold) run after guidance, on x0; TimeShift
-chooses, before the call, which time the network is told.
+chooses, before the call, which time the network is told; LearnedVariance scales the noise that follows the call.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -20,7 +21,18 @@ if TYPE_CHECKING:
     from .plan import Call, Plan
     from .process import Process
 
-__all__ = ["Clip", "Policy", "Threshold", "TimeShift", "policies_from_json", "predict", "with_policies"]
+__all__ = [
+    "Clip",
+    "LearnedVariance",
+    "Policy",
+    "Threshold",
+    "TimeShift",
+    "policies_from_json",
+    "predict",
+    "with_learned_variance",
+    "with_policies",
+    "with_time_shift",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +90,41 @@ class TimeShift:
         return {"name": "time_shift", "candidates": [list(c) for c in self.candidates]}
 
 
-Policy = Clip | Threshold | TimeShift
+@dataclass(frozen=True, slots=True)
+class LearnedVariance:
+    """The row's fresh noise, elementwise, times exp(v log_ratio / 2), with v in [0, 1] from the network's second half
+    of channels o: v = (o + 1) / 2. Nichol and Dhariwal 2021, equation 15 <arXiv:2102.09672>.
+
+    The row itself has the noise of the smaller variance; log_ratio is log(beta / beta tilde) of the step.
+    """
+
+    log_ratio: float
+
+    def scale(self, variance: Array | None) -> Array:
+        if variance is None:
+            raise PlanError(
+                "a plan with learned variance on a network without one",
+                expected="an output with twice the sample's channels",
+                fix="use ddpm without it",
+            )
+        return np.asarray(np.exp((variance + 1) * (self.log_ratio / 4)))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": "learned_variance", **asdict(self)}
 
 
-def predict(call: Call, x: Array, denoise: Callable[[Array, float], Array]) -> Array:
-    """One network call under its policies. Samples that shift to different times cost a call each time."""
+Policy = Clip | Threshold | TimeShift | LearnedVariance
+
+
+def predict(call: Call, x: Array, denoise: Callable[[Array, float], Array]) -> tuple[Array, Array | float]:
+    """One network call under its policies: x0, and the scale of the noise that follows.
+
+    Samples that shift to different times cost a call for each time.
+    """
     from .plan import Time
 
     x0: Array | None = None
+    time = Time(call)
     for policy in call.policies:
         if isinstance(policy, TimeShift):
             chosen = policy.choose(x)
@@ -95,11 +134,14 @@ def predict(call: Call, x: Array, denoise: Callable[[Array, float], Array]) -> A
                 shifted = replace(call, timestep=timestep, x0=tuple(conversion))
                 x0[chosen == i] = denoise(x, Time(shifted))[chosen == i]
     if x0 is None:
-        x0 = denoise(x, Time(call))
+        x0 = denoise(x, time)
+    scale: Array | float = 1.0
     for policy in call.policies:
-        if not isinstance(policy, TimeShift):
+        if isinstance(policy, LearnedVariance):
+            scale = policy.scale(time.variance)
+        elif not isinstance(policy, TimeShift):
             x0 = policy.apply(x0)
-    return x0
+    return x0, scale
 
 
 def with_policies(table: Plan, *policies: Policy) -> Plan:
@@ -136,6 +178,22 @@ def with_time_shift(table: Plan, process: Process, *, window: float = 30.0, cuto
     return replace(table, calls=tuple(calls))
 
 
+def with_learned_variance(table: Plan, process: Process) -> Plan:
+    """A plan of `ddpm` whose noise has the variance the network learned, on the plan's own subset of times.
+
+    Raises PlanError for a plan without fresh noise.
+    """
+    if not table.noises:
+        raise PlanError(f"learned variance for {table.sampler}, which draws no noise", expected="ddpm")
+    times = [call.t for call in table.calls]
+    calls = list(table.calls)
+    for i, (t, s) in enumerate(itertools.pairwise(times)):
+        # beta / beta tilde of the step t -> s is (1 - abar_t) / (1 - abar_s)
+        log_ratio = 2 * (math.log(float(process.sigma(t))) - math.log(float(process.sigma(s))))
+        calls[i] = replace(calls[i], policies=(*calls[i].policies, LearnedVariance(log_ratio)))
+    return replace(table, calls=tuple(calls))
+
+
 def policies_from_json(data: Any, where: str) -> tuple[Policy, ...]:
     """Read what `to_json` wrote. Raises PlanError naming the row at fault."""
     if not isinstance(data, list) or len(data) > len(_POLICIES):
@@ -143,7 +201,12 @@ def policies_from_json(data: Any, where: str) -> tuple[Policy, ...]:
     return tuple(_policy(item, where) for item in data)
 
 
-_POLICIES: dict[str, type[Policy]] = {"clip": Clip, "threshold": Threshold, "time_shift": TimeShift}
+_POLICIES: dict[str, type[Policy]] = {
+    "clip": Clip,
+    "threshold": Threshold,
+    "time_shift": TimeShift,
+    "learned_variance": LearnedVariance,
+}
 
 MAX_CANDIDATES = 1000
 """One for each trained level of the usual schedules."""
@@ -168,7 +231,8 @@ def _policy(item: Any, where: str) -> Policy:
         raise PlanError(
             f"{where}: policy {item['name']} with {values}", expected="positive numbers, ratio at most 1"
         )
-    return Clip(**values) if kind is Clip else Threshold(**values)
+    made: Policy = kind(**values)
+    return made
 
 
 def _finite(value: Any) -> bool:
