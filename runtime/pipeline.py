@@ -16,10 +16,11 @@ import numpy as np
 from .backends import Session, open_session
 from .bundle import Bundle
 from .denoiser import Denoiser, network_inputs
-from .errors import BadInput, Cancelled, MissingExtra
+from .errors import BadInput, Cancelled, MissingExtra, PlanError
 from .manifest import Manifest
 from .noise import Noise
-from .plan import Plan, plan
+from .plan import Plan
+from .plan import plan as make_plan
 from .process import Array, process_from_json
 from .samplers import Step
 
@@ -114,12 +115,15 @@ class Pipeline:
         latents: Array | None = None,
         output_type: str = "pil",
         sampler: str | None = None,
+        times: str | None = None,
+        plan: str | Plan | None = None,
         callback_on_step_end: Callback | None = None,
     ) -> Output:
         """Draw images; the arguments are diffusers' own.
 
         Image i of the call starts from `seed + i`, exactly as diffusers does with one generator per image, so each
-        can be drawn again alone. `latents` replaces the starting noise (standard normal, [n, channels, h, w]).
+        can be drawn again alone. `sampler` and `times` name a sampler and a time grid (runtime's SAMPLERS and GRIDS), `plan`
+        one of the bundle's own plans or a Plan, in their stead. `latents` replaces the starting noise (standard normal, [n, channels, h, w]).
         `callback_on_step_end(pipeline, index, timestep, {"latents": x})` is called after each step.
         Raises BadInput for arguments the bundle cannot serve, Cancelled after `interrupt`.
         """
@@ -136,6 +140,8 @@ class Pipeline:
             latents=latents,
             output_type=output_type,
             sampler=sampler,
+            times=times,
+            plan=plan,
         )
         while True:
             try:
@@ -161,11 +167,13 @@ class Pipeline:
         latents: Array | None = None,
         output_type: str = "pil",
         sampler: str | None = None,
+        times: str | None = None,
+        plan: str | Plan | None = None,
     ) -> Generator[StepDone, None, Output]:
         """The same, step by step: yields after each step and returns the Output. Stop iterating to cancel."""
         begin = time.perf_counter()
         self._stop = False
-        table = self.plan(num_inference_steps, sampler)
+        table = plan if isinstance(plan, Plan) else self.plan(num_inference_steps, sampler, times, plan)
         prompts, labels = self._subjects(prompt, class_labels, num_images_per_prompt)
         n = len(prompts or labels or range(num_images_per_prompt))
         scale = self._guidance(guidance_scale)
@@ -219,15 +227,39 @@ class Pipeline:
         }
         return Output(images, timings, tuple(seed + i for i in range(n)), table)
 
-    def plan(self, steps: int | None = None, sampler: str | None = None) -> Plan:
-        """The plan a call with these arguments runs: the bundle's default, or one traced for other steps."""
-        default = Plan.from_json(self.manifest.plans["default"]) if "default" in self.manifest.plans else None
-        if default and sampler in (None, default.sampler) and steps in (None, default.steps):
+    def plan(
+        self,
+        steps: int | None = None,
+        sampler: str | None = None,
+        times: str | None = None,
+        name: str | None = None,
+    ) -> Plan:
+        """The plan a call with these arguments runs: one of the bundle's, or one traced for other steps.
+
+        Raises PlanError for unknown names, and for a named plan with steps, a sampler or a grid beside it.
+        """
+        plans = self.manifest.plans
+        if name is not None:
+            if name not in plans:
+                raise PlanError.unknown("plan", name, plans)
+            if not steps is sampler is times is None:
+                raise PlanError(
+                    f"plan {name!r} and steps, sampler or times beside it", expected="one or the other"
+                )
+            return Plan.from_json(plans[name])
+        default = Plan.from_json(plans["default"]) if "default" in plans else None
+        if (
+            default
+            and times is None
+            and sampler in (None, default.sampler)
+            and steps in (None, default.steps)
+        ):
             return default
-        return plan(
+        return make_plan(
             sampler or self.manifest.sampler,
             default.steps if steps is None and default else 20 if steps is None else steps,
             process_from_json(self.manifest.process),
+            times or "auto",
             prediction=self.manifest.prediction,
             grid=self.manifest.grid,
         )
