@@ -122,8 +122,9 @@ class Pipeline:
         """Draw images; the arguments are diffusers' own.
 
         Image i of the call starts from `seed + i`, exactly as diffusers does with one generator per image, so each
-        can be drawn again alone. `sampler` and `times` name a sampler and a time grid (runtime's SAMPLERS and GRIDS), `plan`
-        one of the bundle's own plans or a Plan, in their stead. `latents` replaces the starting noise (standard normal, [n, channels, h, w]).
+        can be drawn again alone. `sampler` and `times` name a sampler and a time grid (SAMPLERS and GRIDS of the
+        runtime); `plan` is one of the bundle's plans by name, or a Plan, in their stead. `latents` replaces the
+        starting noise (standard normal, [n, channels, h, w]).
         `callback_on_step_end(pipeline, index, timestep, {"latents": x})` is called after each step.
         Raises BadInput for arguments the bundle cannot serve, Cancelled after `interrupt`.
         """
@@ -242,7 +243,7 @@ class Pipeline:
         if name is not None:
             if name not in plans:
                 raise PlanError.unknown("plan", name, plans)
-            if not steps is sampler is times is None:
+            if not (steps is None and sampler is None and times is None):
                 raise PlanError(
                     f"plan {name!r} and steps, sampler or times beside it", expected="one or the other"
                 )
