@@ -7,6 +7,7 @@ Times are float64 scalars or arrays; every method maps shape [...] to shape [...
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -203,10 +204,17 @@ class RectifiedFlow:
 
 
 def process_from_json(data: Mapping[str, Any]) -> Process:
-    """Read back what `to_json` wrote. Raises BadInput for an unknown kind or a missing field."""
-    fields = {key: value for key, value in data.items() if key != "kind"}
+    """Read back what `to_json` wrote. Raises BadInput for an unknown kind, a missing field or a damaged one."""
+    from .conditional import CONDITIONAL, conditional_from_json
+
+    if not isinstance(data, Mapping):
+        raise BadInput(f"a process that is a {type(data).__name__}", expected="its kind and fields")
+    kind, fields = data.get("kind"), {key: value for key, value in data.items() if key != "kind"}
+    for name, value in fields.items():
+        if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+            raise BadInput(f"process {kind!r}: {name} is {value!r}", expected="a finite number")
     try:
-        match data.get("kind"):
+        match kind:
             case "discrete_vp" if "betas" in fields:
                 return DiscreteVP.from_betas(fields["betas"])
             case "discrete_vp":
@@ -217,8 +225,9 @@ def process_from_json(data: Mapping[str, Any]) -> Process:
                 return EDM(**fields)
             case "rectified_flow":
                 return RectifiedFlow(**fields)
+            case str() if kind in CONDITIONAL:
+                return conditional_from_json(kind, fields)
     except (KeyError, TypeError) as error:
-        raise BadInput(
-            f"process {data.get('kind')!r} with fields {sorted(fields)}", expected=str(error)
-        ) from None
-    raise BadInput(f"process kind {data.get('kind')!r}", expected="discrete_vp, edm or rectified_flow")
+        raise BadInput(f"process {kind!r} with fields {sorted(fields)}", expected=str(error)) from None
+    known = f"discrete_vp, edm or rectified_flow, or {', '.join(CONDITIONAL)}"
+    raise BadInput(f"process kind {kind!r}", expected=known)
