@@ -16,6 +16,7 @@ from .strictjson import check_plain, decode, dumps, encode, loads
 
 __all__ = [
     "SCHEMA_VERSION",
+    "DynamicShift",
     "FileSpec",
     "GridSpec",
     "GuidanceSpec",
@@ -90,14 +91,40 @@ class TokenizerSpec:
 
 
 @dataclass(frozen=True)
+class DynamicShift:
+    """A flow's shift that grows with the image, diffusers' use_dynamic_shifting; see grids.resolution_shift."""
+
+    kind: str = "exponential"
+    """exponential or linear: diffusers' time_shift_type."""
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_tokens: int = 256
+    max_tokens: int = 4096
+
+
+@dataclass(frozen=True)
 class GridSpec:
     """How the model's own scheduler spaces its times; samplers traced at run time follow it."""
 
-    spacing: str = "trailing"
-    """leading, trailing or linspace: diffusers' timestep_spacing."""
+    spacing: str = "auto"
+    """A name from grids.GRIDS; auto: what the users of the model's process expect."""
     steps_offset: int = 0
     final: str = "clean"
-    """clean: the last step ends at sigma 0. first: at the first trained level (set_alpha_to_one=False)."""
+    """clean: the last step ends at sigma 0. first: DDIM's ends at the first trained level (set_alpha_to_one=False).
+    sigma_min: every sampler's does (final_sigmas_type)."""
+    shift: float = 1.0
+    """Of a rectified flow: t' = shift t / (1 + (shift - 1) t); 1 is none."""
+    dynamic: DynamicShift | None = None
+    """What to compute `shift` from where it depends on the size of the image."""
+    terminal: float | None = None
+    """Of a rectified flow: stretch the times so that the last one before clean is this (shift_terminal)."""
+    sigma_min: float | None = None
+    """The least and the largest noise level of a grid over levels, where they are not the process's."""
+    sigma_max: float | None = None
+    ends: str = ""
+    """The grid whose first and last level bound a grid over levels, as in diffusers' Euler; empty: the process's."""
+    rho: float = 7.0
+    """Of a Karras grid; 7 in Karras et al. 2022, section 3 <arXiv:2206.00364>."""
 
 
 @dataclass(frozen=True)
@@ -185,8 +212,15 @@ class Manifest:
 
 TASKS = ("text-to-image", "class-conditional", "unconditional")
 PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
-SPACINGS = ("leading", "trailing", "linspace")
-FINALS = ("clean", "first")
+SPACINGS = (
+    *("auto", "trailing", "leading", "leading_open", "linspace", "linspace_levels", "linspace_open"),
+    *("sgm_uniform", "quadratic", "shifted", "karras", "exponential", "beta", "logsnr", "lu", "arctan"),
+    *("linear_quadratic", "ays_sd15", "ays_sdxl", "ays_svd", "lcm", "tcd", "pcm"),
+    *("turbo", "lightning", "hyper", "dmd2"),
+)
+"""auto and the names of grids.GRIDS, which a test keeps equal; grids.py imports this file, not the reverse."""
+FINALS = ("clean", "first", "sigma_min")
+SHIFTS = ("exponential", "linear")
 GUIDANCES = ("none", "cfg")
 DTYPES = (
     *("float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64"),
@@ -210,6 +244,17 @@ def _check(m: Manifest) -> None:
     one_of("prediction", m.prediction, PREDICTIONS)
     one_of("grid.spacing", m.grid.spacing, SPACINGS)
     one_of("grid.final", m.grid.final, FINALS)
+    one_of("grid.ends", m.grid.ends, ("", *SPACINGS[1:7]))
+    g, d = m.grid, m.grid.dynamic
+    need(0 < g.shift <= 1e3, "grid.shift", g.shift, "above 0, at most 1000")
+    need(g.terminal is None or 0 < g.terminal < 1, "grid.terminal", g.terminal, "between 0 and 1")
+    need(0 < g.rho <= 1e3, "grid.rho", g.rho, "above 0, at most 1000")
+    for what, sigma in (("sigma_min", g.sigma_min), ("sigma_max", g.sigma_max)):
+        need(sigma is None or sigma > 0, f"grid.{what}", sigma, "above 0")
+    if d is not None:
+        one_of("grid.dynamic.kind", d.kind, SHIFTS)
+        ordered = 0 < d.base_tokens < d.max_tokens
+        need(ordered, "grid.dynamic.base_tokens", d.base_tokens, "above 0 and below max_tokens")
     one_of("guidance.kind", m.guidance.kind, GUIDANCES)
     need(m.denoiser in m.parts, "denoiser", m.denoiser, f"one of the parts: {', '.join(sorted(m.parts))}")
     need(m.classes is None or 0 < m.classes < 2**31, "classes", m.classes, "at least 1")

@@ -25,7 +25,7 @@ from .manifest import GridSpec
 from .policy import Policy, predict
 from .process import Array, Process, observed
 from .samplers import SAMPLERS, Denoise, Sampler, Step
-from .times import check_steps, check_times, make_times
+from .times import Grid, check_steps, check_times, make_times
 
 __all__ = ["Call", "Plan", "Time", "plan", "x0_conversion"]
 
@@ -294,7 +294,7 @@ def plan(
     sampler: str | Sampler,
     steps: int,
     process: Process,
-    times: str | ArrayLike = "auto",
+    times: str | Grid | ArrayLike = "auto",
     *,
     prediction: str = "",
     grid: GridSpec = GridSpec(),  # noqa: B008
@@ -302,9 +302,10 @@ def plan(
     """Compile a sampler to a table.
 
     sampler  a name from SAMPLERS, or a function of their signature (functools.partial sets options such as eta)
-    times    "auto", the name of a grid (times.GRIDS), or [steps + 1] decreasing process times
+    times    "auto", the name of a grid (times.GRIDS), a function like those there (functools.partial sets options such
+             as rho), or [steps + 1] decreasing process times
     prediction  what the network outputs, as in Plan.trace
-    grid     how a discrete model's own scheduler spaces its times
+    grid     how the model's own scheduler spaces its times
     Raises PlanError for an unknown name, steps outside 1 to 1000, or times out of order.
     """
     check_steps(steps)
@@ -313,10 +314,10 @@ def plan(
         if sampler not in SAMPLERS:
             raise PlanError.unknown("sampler", sampler, SAMPLERS)
         sampler = SAMPLERS[sampler]
-    if isinstance(times, str):
-        spacing = "lcm" if times == "auto" and name == "lcm" else times
-        if name != "ddim":  # diffusers' other samplers end on clean data whatever set_alpha_to_one says
-            grid = replace(grid, final="clean")
+    if isinstance(times, str) or callable(times):
+        spacing = name if times == "auto" and name in ("lcm", "tcd") else times
+        if grid.final == "first" and not name.startswith(("ddim", "pndm", "plms")):
+            grid = replace(grid, final="clean")  # set_alpha_to_one is read by these alone
         times = make_times(spacing, steps, process, grid)
     elif len(np.asarray(times)) != steps + 1:
         raise PlanError(f"{len(np.asarray(times))} times for {steps} steps", expected=f"{steps + 1} times")

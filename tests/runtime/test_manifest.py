@@ -50,8 +50,15 @@ def changed(edit: Callable[[dict[str, Any]], None]) -> str:
     return json.dumps(data)
 
 
+def dynamic(**changes: Any) -> dict[str, Any]:
+    return {**dataclasses.asdict(m.DynamicShift()), **changes}
+
+
 def test_a_manifest_survives_json() -> None:
     assert Manifest.from_json(example().to_json()) == example()
+    grid = m.GridSpec("karras", 1, "sigma_min", 3.0, m.DynamicShift("linear"), 0.1, 0.03, 14.6, "leading", 5.0)
+    shifted = dataclasses.replace(example(), grid=grid)
+    assert Manifest.from_json(shifted.to_json()) == shifted
 
 
 def test_text_bytes_and_a_parsed_dict_read_the_same() -> None:
@@ -134,8 +141,15 @@ def test_a_wrong_type_is_refused(edit: Callable[[dict[str, Any]], None], message
     [
         (lambda d: d.update(task="poetry"), "task is 'poetry'; expected one of text-to-image"),
         (lambda d: d.update(prediction="x0"), "prediction is 'x0'"),
-        (lambda d: d["grid"].update(spacing="karras"), "grid.spacing"),
+        (lambda d: d["grid"].update(spacing="spiral"), "grid.spacing"),
         (lambda d: d["grid"].update(final="maybe"), "grid.final"),
+        (lambda d: d["grid"].update(ends="karras"), "grid.ends"),
+        (lambda d: d["grid"].update(shift=0), "grid.shift is 0"),
+        (lambda d: d["grid"].update(terminal=1), "grid.terminal is 1"),
+        (lambda d: d["grid"].update(rho=-7), "grid.rho is -7"),
+        (lambda d: d["grid"].update(sigma_min=0), "grid.sigma_min is 0"),
+        (lambda d: d["grid"].update(dynamic=dynamic(kind="cubic")), "grid.dynamic.kind is 'cubic'"),
+        (lambda d: d["grid"].update(dynamic=dynamic(base_tokens=4096)), "grid.dynamic.base_tokens"),
         (lambda d: d["guidance"].update(kind="pag"), "guidance.kind"),
         (
             lambda d: d.update(denoiser="transformer"),
