@@ -218,7 +218,7 @@ SPACINGS = (
     *("linear_quadratic", "ays_sd15", "ays_sdxl", "ays_svd", "lcm", "tcd", "pcm"),
     *("turbo", "lightning", "hyper", "dmd2"),
 )
-"""auto and the names of grids.GRIDS, which a test keeps equal; grids.py imports this file, not the reverse."""
+"""auto and the names of grids.GRIDS, which a test keeps equal; grids imports this file, not the reverse."""
 FINALS = ("clean", "first", "sigma_min")
 SHIFTS = ("exponential", "linear")
 GUIDANCES = ("none", "cfg")

@@ -1,4 +1,4 @@
-"""Time grids: at which noise levels a sampler calls the network. The grids themselves are in grids.py.
+"""Time grids: at which noise levels a sampler calls the network. The grids themselves are in grids/.
 
 A grid's times are [steps + 1] float64 process times, strictly decreasing; the last one is where the sample ends, 0 for
 clean.
@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from .errors import PlanError
-from .grids import GRIDS, Grid, is_discrete
+from .grids import GRIDS, Grid
+from .grids.levels import is_discrete
 from .manifest import GridSpec
 from .process import EDM, Array, Process, RectifiedFlow
 

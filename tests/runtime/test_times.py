@@ -9,8 +9,9 @@ import pytest
 
 from fewstep.model.schedulers import grid_of
 from fewstep.runtime import EDM, DiscreteVP, RectifiedFlow, grids, plan
-from fewstep.runtime.betadist import beta_ppf
 from fewstep.runtime.errors import PlanError
+from fewstep.runtime.grids.betadist import beta_ppf
+from fewstep.runtime.grids.levels import MAX_LEVEL
 from fewstep.runtime.manifest import SPACINGS, DynamicShift, GridSpec
 from fewstep.runtime.process import lam
 from fewstep.runtime.times import GRIDS, make_times
@@ -124,7 +125,7 @@ def test_where_alpha_reaches_0_the_grid_counts_its_level_as_float16_would(proces
     times = make_times(name, 9, process)
     assert times[0] == process.t_max
     if name == "logsnr":
-        gaps = np.diff(np.append(-math.log(grids.MAX_LEVEL), lam(process, times[1:-1])))
+        gaps = np.diff(np.append(-math.log(MAX_LEVEL), lam(process, times[1:-1])))
         np.testing.assert_allclose(gaps, gaps[0], rtol=1e-9)
 
 
