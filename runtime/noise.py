@@ -108,6 +108,16 @@ class Noise:
             out[-BLOCK:] = box_muller(self._draw(BLOCK))
         return out.reshape(dims)
 
+    def rand(self, shape: Sequence[int]) -> NDArray[np.float64]:
+        """The next uniforms in [0, 1): bit for bit `torch.rand(shape, dtype=torch.float64, generator=...)`.
+
+        Two words make one value, the high one first, of which the low 53 bits count.
+        """
+        dims = _checked(shape, least=0)
+        words = self._draw(2 * math.prod(dims)).astype(np.uint64)
+        bits = ((words[0::2] << np.uint64(32)) | words[1::2]) & np.uint64((1 << 53) - 1)
+        return (bits.astype(np.float64) * 2.0**-53).reshape(dims)
+
     def _draw(self, n: int) -> Words:
         """The next n 32-bit words of MT19937."""
         words: Words = self._generator.randint(0, 1 << 32, size=n, dtype=np.uint32)
@@ -121,15 +131,15 @@ def randn(shape: Sequence[int], seed: int) -> NDArray[np.float32]:
     return Noise(seed).randn(shape)
 
 
-def _checked(shape: Sequence[int]) -> tuple[int, ...]:
+def _checked(shape: Sequence[int], least: int = BLOCK) -> tuple[int, ...]:
     try:
         dims = tuple(operator.index(size) for size in shape)
     except TypeError:
         raise BadInput(f"noise of shape {shape!r}", expected="a list of whole numbers") from None
-    if any(size < 0 for size in dims) or math.prod(dims) < BLOCK:
+    if any(size < 0 for size in dims) or math.prod(dims) < least:
         raise BadInput(
             f"noise of shape {dims}",
-            expected=f"at least {BLOCK} values in all",
+            expected=f"at least {least} values in all",
             fix="draw more and keep a part",
         )
     return dims
