@@ -34,6 +34,10 @@ Rule = Callable[[float, Sequence[float]], Array]
 FEW_STEPS = 15
 """Below this many steps multistep solvers end with lower orders, for stability (diffusers, lower_order_final)."""
 
+NO_SIGNAL = math.log(2.0**-52)
+"""lam below which alpha x0 is lost in float64's rounding of sigma noise: as good as alpha 0, which schedules of zero
+terminal SNR do not quite reach."""
+
 
 def J(h: float, count: int) -> list[float]:
     """J_k(h) = int_0^h e^(u-h) u^k/k! du for k < count; h may be negative, or inf where only J_0 = 1 is finite."""
@@ -108,6 +112,7 @@ class Integrator:
         cls, process: Process, times: Array, *, noise_prediction: bool = False, eta: float = 0.0
     ) -> Integrator:
         alpha, sigma, lam = process.alpha(times), process.sigma(times), log_snr(process, times)
+        lam = np.where(lam < NO_SIGNAL, -np.inf, lam)
         return cls(tuple(alpha.tolist()), tuple(sigma.tolist()), tuple(lam.tolist()), noise_prediction, eta)
 
     def point(self, i: int, x: Array, x0: Array) -> Point:
@@ -138,7 +143,8 @@ class Integrator:
         s = points[0].i
         alpha_s, sigma_s, alpha_t, sigma_t = self.alpha[s], self.sigma[s], self.alpha[t], self.sigma[t]
         h = self.lam[t] - self.lam[s]
-        if not self.finite(s, t):  # the first-order step written without h; onto sigma 0 it returns x0
+        if not self.finite(s, t):
+            # DDIM written without h. Onto sigma 0 it returns x0; from alpha 0 fresh noise replaces the old
             kept = sigma_t / sigma_s if self.eta == 0 else 0.0
             x = kept * x + (alpha_t - kept * alpha_s) * points[0].x0
             fresh = sigma_t if self.eta > 0 else 0.0
