@@ -1,74 +1,172 @@
-"""How good emoji-64's pictures are by sampler and number of steps: the share the scorer recognises, through the bundle.
+"""How close each sampler and time grid comes to 1,000 steps on emoji-64, by network calls, and what the scorer says.
 
-    python benchmarks/sampler_quality.py BUNDLE [--captions 64] [--steps 4 8 20] [--guidance G]
+    python benchmarks/sampler_quality.py BUNDLE [--guidance 1 5] [--calls 4 6 10 20] [--captions 32] [--work DIR]
+    python benchmarks/sampler_quality.py BUNDLE --retrieval dpmpp_2m/auto/6 learned-6 --guidance 3
 
-The scorer (models/emoji-64-scorer) was never used in training the generator. A picture counts when its own caption
-ranks first, or in the first five, among all single-emoji captions. Captions are spread evenly over the core, the 255
-emoji that training concentrated on (models/emoji-64/README.md).
+RMSE is of latents, PSNR of decoded pictures, both against dpmpp_2m with 1,000 steps from the same noise; the references
+stay in --work. Retrieval is the share of the 255 core captions whose picture the scorer (models/emoji-64-scorer, never
+used in training) ranks first, or in the first five, among all captions; it takes sampler/grid/calls, or the name of a
+plan of the bundle.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
-import time
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from common import save
 
-from fewstep.runtime import SAMPLERS, Pipeline
+from fewstep.runtime import Pipeline, Plan
+from fewstep.runtime.errors import PlanError
+from fewstep.tools.samplers import within
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models/train"))
+CAPTIONS = Path(__file__).parents[1] / "models/emoji-64-scorer/captions.json"
+
+SAMPLERS = (
+    "ddim",
+    "heun",
+    "dpmpp_2s",
+    "dpmpp_2m",
+    "dpmpp_3m",
+    "dpmpp_3m_exact",
+    "dpm_solver_2m",
+    "unipc",
+    "unipc_3",
+    "deis",
+)
+GRIDS = ("trailing", "linspace", "logsnr", "karras", "arctan", "ays_sd15")
+REFERENCE_STEPS = 1000
+SEED = 5000
+BATCH = 32
 
 
-def main() -> None:
+def core() -> list[str]:
+    rows = json.loads(CAPTIONS.read_text(encoding="utf-8"))
+    return [row["caption"] for row in rows if row.get("core")]
+
+
+def spread(captions: list[str], count: int) -> list[str]:
+    """Evenly over the list."""
+    return [captions[i] for i in np.unique(np.linspace(0, len(captions) - 1, count).astype(int))]
+
+
+def latents(pipeline: Pipeline, prompts: list[str], table: Plan | None, guidance: float, **how: Any) -> Any:
+    out = [
+        pipeline(
+            prompts[i : i + BATCH],
+            guidance_scale=guidance,
+            plan=table,
+            seed=SEED + i,
+            output_type="latent",
+            **how,
+        )
+        for i in range(0, len(prompts), BATCH)
+    ]
+    return np.concatenate([o.images for o in out])
+
+
+def reference(pipeline: Pipeline, prompts: list[str], guidance: float, work: Path) -> Any:
+    """dpmpp_2m with 1,000 steps, kept on disk: it costs more than everything else together."""
+    key = json.dumps([pipeline.manifest.name, prompts, guidance, SEED, REFERENCE_STEPS])
+    path = work / f"reference-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+    if not path.exists():
+        how = {"num_inference_steps": REFERENCE_STEPS, "sampler": "dpmpp_2m"}
+        work.mkdir(parents=True, exist_ok=True)
+        np.save(path, latents(pipeline, prompts, None, guidance, **how))
+    return np.load(path)
+
+
+def sweep(pipeline: Pipeline, prompts: list[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for guidance in args.guidance:
+        exact = reference(pipeline, prompts, guidance, args.work)
+        pictures = pipeline.decode(exact)
+
+        def measure(table: Plan) -> dict[str, float]:
+            found = latents(pipeline, prompts, table, guidance)  # noqa: B023 used before the loop goes on
+            rmse = float(np.sqrt(np.mean((found - exact) ** 2)))  # noqa: B023
+            mse = float(np.mean((pipeline.decode(found) - pictures) ** 2))  # noqa: B023
+            return {"rmse": rmse, "psnr_db": 10 * np.log10(1 / mse)}
+
+        for calls in args.calls:
+            for sampler in SAMPLERS:
+                for grid in GRIDS:
+                    table = within(calls, sampler, lambda name, n: pipeline.plan(n, name, grid))  # noqa: B023
+                    if table is not None:
+                        row = {"guidance": guidance, "calls": calls, "sampler": sampler, "times": grid}
+                        yield {**row, "steps": table.steps, **measure(table)}
+            for name in pipeline.manifest.plans:
+                table = pipeline.plan(name=name)
+                if name != "default" and len(table.calls) == calls:
+                    yield {
+                        "guidance": guidance,
+                        "calls": calls,
+                        "sampler": name,
+                        "times": "",
+                        "steps": calls,
+                        **measure(table),
+                    }
+
+
+def retrieval(pipeline: Pipeline, what: str, guidance: float) -> dict[str, Any]:
     import scorer
     import torch
 
-    parser = argparse.ArgumentParser(description=__doc__)
+    if "/" in what:
+        sampler, grid, calls = what.split("/")
+        table = within(int(calls), sampler, lambda name, n: pipeline.plan(n, name, grid))
+    else:
+        table = pipeline.plan(name=what)
+    if table is None:
+        raise PlanError(f"no plan {what}", expected="sampler/grid/calls or a plan of the bundle")
+    model, captions = scorer.load()
+    prompts = core()
+    images = pipeline.decode(latents(pipeline, prompts, table, guidance))
+    wanted = torch.tensor([captions.index(prompt) for prompt in prompts])
+    ranks = scorer.ranks(model, captions, torch.from_numpy(images.transpose(0, 3, 1, 2) * 2 - 1), wanted)
+    shares = {"first": float((ranks == 0).float().mean()), "first_five": float((ranks < 5).float().mean())}
+    return {"plan": what, "guidance": guidance, "calls": len(table.calls), "captions": len(prompts), **shares}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--captions", type=int, default=64)
-    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 20])
-    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 5.0])
+    parser.add_argument("--calls", type=int, nargs="+", default=[4, 5, 6, 8, 10, 15, 20])
+    parser.add_argument("--captions", type=int, default=32)
+    parser.add_argument("--retrieval", nargs="+", metavar="PLAN")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fewstep-sampler-quality")
     args = parser.parse_args()
     pipeline = Pipeline.from_pretrained(args.bundle)
-    model, captions = scorer.load()
-    listed = json.loads((scorer.SCORER / "captions.json").read_text(encoding="utf-8"))
-    core = np.array([i for i, row in enumerate(listed) if row.get("core")])
-    chosen = core[np.unique(np.linspace(0, len(core) - 1, args.captions).astype(int))]
     rows = []
-    for name in SAMPLERS:
-        for steps in args.steps:
-            if name == "lcm":
-                continue  # needs a model distilled for it
-            start, pictures = time.perf_counter(), []
-            for first in range(0, len(chosen), 32):
-                prompts = [captions[i] for i in chosen[first : first + 32]]
-                out = pipeline(
-                    prompts,
-                    num_inference_steps=steps,
-                    sampler=name,
-                    guidance_scale=args.guidance,
-                    seed=1000 + first,
-                    output_type="np",
-                )
-                pictures.append(out.images)
-            images = torch.from_numpy(np.concatenate(pictures).transpose(0, 3, 1, 2) * 2 - 1)
-            ranks = scorer.ranks(model, captions, images, torch.from_numpy(chosen))
-            row = {
-                "sampler": name,
-                "steps": steps,
-                "calls": len(pipeline.plan(steps, name).calls),
-                "first": float((ranks == 0).float().mean()),
-                "first_five": float((ranks < 5).float().mean()),
-                "seconds": time.perf_counter() - start,
-            }
-            rows.append(row)
-            shares = f"first {row['first']:.3f}  first five {row['first_five']:.3f}"
-            print(f"{name:9} {steps:3} steps  {row['calls']:3} calls  {shares}", flush=True)
-    save("sampler-quality", {"captions": len(chosen), "guidance": args.guidance, "rows": rows})
+    if args.retrieval:
+        for guidance in args.guidance:
+            for what in args.retrieval:
+                rows.append(retrieval(pipeline, what, guidance))
+                print(json.dumps(rows[-1]), flush=True)
+        save("sampler-retrieval", {"rows": rows})
+        return
+    prompts = spread(core(), args.captions)
+    for row in sweep(pipeline, prompts, args):
+        rows.append(row)
+        label = f"{row['sampler']}/{row['times']}" if row["times"] else row["sampler"]
+        print(
+            f"g {row['guidance']:g}  {row['calls']:2} calls  {label:26} {row['rmse']:.4f}  {row['psnr_db']:.2f} dB",
+            flush=True,
+        )
+    save(
+        "sampler-quality",
+        {"captions": len(prompts), "reference": f"dpmpp_2m, {REFERENCE_STEPS} steps", "rows": rows},
+    )
 
 
 if __name__ == "__main__":

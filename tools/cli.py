@@ -30,6 +30,7 @@ COMMANDS = {
     "run": "draw images with a bundle",
     "bench": "measure bundles against each other on this host",
     "verify": "check a bundle: every hash, every graph, one replayed latent",
+    "samplers": "list samplers and time grids, or draw a gallery of them",
     "show": "say what is in a model or a bundle",
     "targets": "list the devices fewstep exports for",
     "doctor": "say what this host can do and what is missing",
