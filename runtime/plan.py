@@ -33,6 +33,18 @@ MAX_CALLS = 4000
 """A thousand steps of the costliest published sampler; more in a file is damage, not a plan."""
 
 
+USUAL = {
+    "edm": "edm",
+    "rectified_flow": "flow",
+    "residual_shift": "sample",
+    "residual_denoising": "residual",
+    "resfusion": "resnoise",
+    "ouve": "score",
+    "schroedinger_bridge": "sample",
+}
+"""What networks output by the kind of process they are trained for; epsilon where nothing is said."""
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One row: one network call, and what follows from it."""
@@ -87,7 +99,7 @@ class Plan:
     steps: int
     """Steps as the user counts them: what was asked for, whatever the number of network calls."""
     prediction: str
-    """epsilon, v_prediction, sample, flow or edm: the meaning of the network's output that `Call.x0` was built for."""
+    """The meaning of the network's output that `Call.x0` was built for; see x0_conversion."""
     init: Terms
     """The first state: a combination of start noise ("z", 0, ...) and given arrays ("y", i, ...)."""
     calls: tuple[Call, ...]
@@ -101,7 +113,8 @@ class Plan:
     def noises(self) -> int:
         """How many fresh noises a run draws."""
         return 1 + max(
-            (i for call in self.calls for kind, i, _ in call.next or () if kind == "n"), default=-1
+            (i for call in self.calls for kind, i, _ in (*call.input, *(call.next or ())) if kind == "n"),
+            default=-1,
         )
 
     @property
@@ -118,29 +131,26 @@ class Plan:
         """Run a sampler once on symbols and write down what it does.
 
         times       [steps + 1], strictly decreasing within the process's [0, t_max]; rising for an inversion
-        prediction  what the network outputs; empty for the usual one: epsilon (discrete), edm, flow
+        prediction  what the network outputs; empty for the usual one of the process
         Raises PlanError for times out of order, NotLinear when the sampler does something no table can express.
 
         A process with an observation y has x_t = alpha x0 + gamma y + sigma noise. Samplers then work on
         u = x_t - gamma y, an ordinary process, so every one of them serves it; the network is handed u + gamma y.
         """
         times = check_times(times, process, rising=True)
-        prediction = prediction or {"edm": "edm", "rectified_flow": "flow"}.get(
-            process.to_json()["kind"], "epsilon"
-        )
+        prediction = prediction or USUAL.get(process.to_json()["kind"], "epsilon")
         rows: list[dict[str, Any]] = []
         drawn = 0
 
         def denoise(x: Linear, t: float) -> Linear:
-            alpha, sigma, gamma = float(process.alpha(t)), float(process.sigma(t)), observed(process, t)
-            a, b = x0_conversion(prediction, alpha, sigma, getattr(process, "sigma_data", 0.5))
+            gamma = observed(process, t)
             rows.append(
                 {
                     "t": float(t),
                     "timestep": float(process.timestep(t)),
                     "input": (x + Linear.atom("y", 0) * gamma if gamma else x).terms,
                     "scale": float(process.input_scale(t)),
-                    "x0": (a, b, -a * gamma),
+                    "x0": _conversion(prediction, process, t, gamma),
                     "next": None,
                 }
             )
@@ -308,6 +318,14 @@ def plan(
     grid     how the model's own scheduler spaces its times
     Raises PlanError for an unknown name, steps outside 1 to 1000, or times out of order.
     """
+    chosen, name, times = choose(sampler, steps, process, times, grid)
+    return Plan.trace(chosen, process, times, prediction=prediction, name=name)
+
+
+def choose(
+    sampler: str | Sampler, steps: int, process: Process, times: str | Grid | ArrayLike, grid: GridSpec
+) -> tuple[Sampler, str, Array]:
+    """The sampler, its name and the times that `plan` means by these arguments."""
     check_steps(steps)
     name = sampler if isinstance(sampler, str) else getattr(sampler, "__name__", "custom")
     if isinstance(sampler, str):
@@ -321,7 +339,7 @@ def plan(
         times = make_times(spacing, steps, process, grid)
     elif len(np.asarray(times)) != steps + 1:
         raise PlanError(f"{len(np.asarray(times))} times for {steps} steps", expected=f"{steps + 1} times")
-    return Plan.trace(sampler, process, check_times(times, process), prediction=prediction, name=name)
+    return sampler, name, check_times(times, process)
 
 
 def _start(process: Process, times: Array) -> Terms:
@@ -333,21 +351,39 @@ def _start(process: Process, times: Array) -> Terms:
     return tuple(term for term in (("z", 0, sigma), ("y", 0, alpha)) if term[2] != 0)
 
 
+def _conversion(prediction: str, process: Process, t: float, gamma: float) -> tuple[float, float, float]:
+    """(a, b, c) with x0 = a x + b output + c y: x0_conversion's kinds, on x - gamma y, and two that name y.
+
+    residual: y - x0 (RDDM, Liu et al. 2023, arXiv:2308.13712). resnoise: Resfusion's, see there.
+    """
+    if prediction == "residual" and hasattr(process, "gamma"):
+        return 0.0, -1.0, 1.0
+    if prediction == "resnoise" and hasattr(process, "resnoise"):
+        a, b, c = process.resnoise(t)
+        return a, b, c
+    alpha, sigma = float(process.alpha(t)), float(process.sigma(t))
+    a, b = x0_conversion(prediction, alpha, sigma, getattr(process, "sigma_data", 0.5))
+    return a, b, -a * gamma
+
+
 def x0_conversion(
     prediction: str, alpha: float, sigma: float, sigma_data: float = 0.5
 ) -> tuple[float, float]:
     """(a, b) with x0 = a x + b output, for x = alpha x0 + sigma noise.
 
     epsilon: the noise. v_prediction: alpha noise - sigma x0 (Salimans and Ho 2022, arXiv:2202.00512). sample: x0.
-    flow: noise - x0. edm: the raw F of Karras et al. 2022, table 1, for alpha = 1.
-    Raises PlanError where the output says nothing about x0: epsilon at alpha 0.
+    flow: noise - x0. edm: the raw F of Karras et al. 2022, table 1, for alpha = 1. score: -noise / sigma.
+    Raises PlanError where the output says nothing about x0: epsilon and score at alpha 0.
     """
     match prediction:
         case "epsilon" if alpha > 0:
             return 1 / alpha, -sigma / alpha
-        case "epsilon":
+        case "score" if alpha > 0:
+            return 1 / alpha, sigma**2 / alpha
+        case "epsilon" | "score":
             raise PlanError(
-                "epsilon prediction at a time where alpha is 0", fix="use v_prediction or skip that time"
+                f"{prediction} prediction at a time where alpha is 0",
+                fix="use v_prediction or skip that time",
             )
         case "v_prediction":
             total = alpha**2 + sigma**2
@@ -359,7 +395,8 @@ def x0_conversion(
         case "edm":
             total = sigma**2 + sigma_data**2
             return sigma_data**2 / total, sigma * sigma_data / math.sqrt(total)
-    raise PlanError(f"prediction {prediction!r}", expected="epsilon, v_prediction, sample, flow or edm")
+    known = "epsilon, v_prediction, sample, flow, edm, score, or with an observation residual or resnoise"
+    raise PlanError(f"prediction {prediction!r}", expected=known)
 
 
 def _no_noise(i: int) -> Array:

@@ -32,6 +32,7 @@ from .er_sde import er_sde
 from .euler import euler, euler_churn, heun, heun_churn
 from .momentum import ghvb, hb
 from .restart import restart
+from .residual import langevin_corrected, reverse_chain
 from .runge_kutta import kdpm2, kdpm2_ancestral
 from .sa_solver import sa_solver
 from .step import Denoise, Noise, Step
@@ -81,6 +82,8 @@ SAMPLERS: dict[str, Sampler] = {
     "kdpm2_ancestral": kdpm2_ancestral,
     "er_sde": er_sde,
     "sa_solver": sa_solver,
+    "reverse_chain": reverse_chain,
+    "langevin_corrected": langevin_corrected,
     "euler_churn": euler_churn,
     "heun_churn": heun_churn,
     "restart": restart,
