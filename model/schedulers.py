@@ -70,7 +70,9 @@ def grid_of(scheduler: Any) -> GridSpec:
     config, name = scheduler.config, type(scheduler).__name__
     multistep = is_multistep(scheduler)
     final = "first" if config.get("set_alpha_to_one") is False else "clean"
-    if config.get("final_sigmas_type") == "sigma_min" or name.startswith("DEIS"):  # DEIS has no other end
+    if config.get("final_sigmas_type") == "sigma_min" or name.startswith(
+        ("DEIS", "SASolver")
+    ):  # no other end
         final = "sigma_min"
     levels = {
         "karras": config.get("use_karras_sigmas") or config.get("sigma_schedule") == "karras",
@@ -104,7 +106,9 @@ def _even_spacing(scheduler: Any) -> str:
     if is_flow(scheduler):
         # UniPC leaves the cleanest out; DPM-Solver and DEIS start a level below noise and go down to clean
         return "linspace_open" if name.startswith("UniPC") else "trailing" if multistep else "linspace"
-    spacing = str(scheduler.config.get("timestep_spacing", "leading"))
+    if name.startswith(("LCM", "TCD")):
+        return "lcm"
+    spacing = str(scheduler.config.get("timestep_spacing", "linspace" if multistep else "leading"))
     if multistep and spacing != "trailing":
         return f"{spacing}_open"
     if spacing == "linspace" and name.startswith(("DDIM", "DDPM", "PNDM")):

@@ -51,7 +51,7 @@ def make_times(name: str | Grid, steps: int, process: Process, grid: GridSpec = 
         )
     end = 1.0 if grid.final != "clean" and is_discrete(process) else 0.0
     # a grid whose own last level is already the first trained one: only clean is left below it
-    reached = steps > 1 and end == 1.0 and abs(times[-1] - end) < 1e-9
+    reached = end == 1.0 and abs(times[-1] - end) < 1e-9
     return check_times(np.append(times, 0.0 if reached else end), process)
 
 

@@ -21,6 +21,9 @@ MAX_LEVEL = math.sqrt(2**24 - 1)
 """Where alpha reaches 0, its noise level counts as this: alpha^2 = 2^-24, the smallest positive float16 that diffusers
 puts in its place (EulerDiscreteScheduler, rescale_betas_zero_snr). The time itself stays t_max."""
 
+NOTHING = 1e-100
+"""An alpha this small is 0: DiscreteVP keeps its logarithm finite."""
+
 LEVELS = 1000
 """Noise levels of a rectified flow's schedule in diffusers (num_train_timesteps), which set its cleanest time."""
 
@@ -67,9 +70,9 @@ def level_of(process: Process, t: ArrayLike) -> Array:
 
 
 def ratio_of(process: Process, t: ArrayLike, top: float = MAX_LEVEL) -> Array:
-    """sigma / alpha, at most `top`."""
-    with np.errstate(divide="ignore"):
-        return np.asarray(np.minimum(process.sigma(t) / process.alpha(t), top))
+    """sigma / alpha, or `top` where alpha is 0."""
+    sigma, alpha = process.sigma(t), process.alpha(t)
+    return np.asarray(np.divide(sigma, alpha, where=alpha > NOTHING, out=np.full_like(alpha, top)))
 
 
 def at(process: Process, level: Array) -> Array:

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from fewstep.model.schedulers import grid_of
+from fewstep.model.schedulers import grid_of, process_of
 from fewstep.runtime import EDM, DiscreteVP, RectifiedFlow, grids, plan
 from fewstep.runtime.errors import PlanError
 from fewstep.runtime.grids.betadist import beta_ppf
@@ -288,50 +288,152 @@ def test_the_shift_of_an_image_grows_with_its_tokens():
 
 # the same numbers as diffusers
 
-SD15_CONFIG = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+BETAS = {
+    "sd15": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "zero_snr": {
+        "beta_schedule": "linear",
+        "rescale_betas_zero_snr": True,
+        "prediction_type": "v_prediction",
+    },
+}
 STEPS = (1, 2, 3, 7, 10, 20, 30, 50)
 
 
-def schedulers():
-    import diffusers as d
+def configurations():
+    spacings = [{"timestep_spacing": spacing} for spacing in ("linspace", "leading", "trailing")]
+    over_levels = [{f"use_{name}_sigmas": True} for name in ("karras", "exponential", "beta")]
+    both = [{**spacing, "use_karras_sigmas": True} for spacing in spacings[1:]]
+    ends = [{"final_sigmas_type": final} for final in ("zero", "sigma_min")]
+    for name, options, finals in [
+        ("DPMSolverMultistep", [*spacings, *over_levels, *both, {"use_lu_lambdas": True}], ends),
+        ("DPMSolverSinglestep", [{}, *over_levels], [{}]),
+        ("UniPCMultistep", [*spacings, *over_levels, *both], ends),
+        ("SASolver", [*spacings, *over_levels], [{}]),
+        ("DEISMultistep", [*spacings, *over_levels, *both], [{}]),
+        ("EulerDiscrete", [*spacings, *over_levels, *both], ends),
+        ("EulerAncestralDiscrete", spacings, [{}]),
+        ("HeunDiscrete", [*spacings, *over_levels, *both], [{}]),
+        ("LMSDiscrete", [*spacings, *over_levels], [{}]),
+    ]:
+        for option in (option | final for option in options for final in finals):
+            yield pytest.param(name, option, id="-".join([name, *map(str, option.values())]))
 
-    for name in ("DPMSolverMultistep", "UniPCMultistep", "DEISMultistep", "EulerDiscrete", "HeunDiscrete"):
-        scheduler = getattr(d, f"{name}Scheduler")
-        options = [{"timestep_spacing": s} for s in ("linspace", "leading", "trailing")]
-        options += [{f"use_{s}_sigmas": True} for s in ("karras", "exponential", "beta")]
-        options += [{"use_lu_lambdas": True}] if name == "DPMSolverMultistep" else []
-        options += [{"timestep_spacing": s, "use_karras_sigmas": True} for s in ("leading", "trailing")]
-        for option in options:
-            for final in (
-                ("zero", "sigma_min") if name in ("DPMSolverMultistep", "EulerDiscrete") else ("zero",)
-            ):
-                end = {} if name in ("DEISMultistep", "HeunDiscrete") else {"final_sigmas_type": final}
-                label = f"{name}-{'-'.join(f'{k}={v}' for k, v in {**option, **end}.items())}"
-                yield pytest.param(
-                    partial(scheduler.from_config, {**SD15_CONFIG, **option, "steps_offset": 1, **end}),
-                    id=label,
-                )
+
+def built(name, **config):
+    """A diffusers scheduler, and the process of its very levels, which are a float32 product of many factors."""
+    import diffusers
+
+    scheduler = getattr(diffusers, f"{name}Scheduler").from_config(config)
+    alphas = scheduler.alphas_cumprod.double().numpy().copy()
+    if config.get("rescale_betas_zero_snr"):
+        alphas[-1] = 0.0  # diffusers has 2^-24 here
+    return scheduler, DiscreteVP(alphas)
 
 
-@pytest.mark.parametrize("make", list(schedulers()))
-def test_levels_are_diffusers(make):
-    scheduler = make()
+@pytest.mark.parametrize("betas", BETAS)
+@pytest.mark.parametrize(("name", "options"), list(configurations()))
+def test_levels_are_diffusers(name, options, betas):
+    scheduler, process = built(name, **BETAS[betas], **options)
     grid = grid_of(scheduler)
-    # the very levels of the scheduler, a float32 product of a thousand factors
-    process = DiscreteVP(scheduler.alphas_cumprod.double().numpy())
+    if betas == "zero_snr" and "rescale_betas_zero_snr" not in inspect.signature(type(scheduler)).parameters:
+        return
     for steps in STEPS:
         scheduler.set_timesteps(steps)
         if steps == 1 and (grid.spacing == "linspace" or grid.ends in ("linspace", "leading")):
             continue  # diffusers starts at the first level; see test_one_step_starts_from_noise
         sigmas = scheduler.sigmas.double().numpy()
-        if (
-            type(scheduler).__name__ == "HeunDiscreteScheduler"
-        ):  # all but the first twice, for its second calls
+        if name == "HeunDiscrete":  # all but the first twice, for its second calls
             sigmas = sigmas[[0, *range(1, len(sigmas), 2)]]
         times = make_times("auto", steps, process, grid)
         if grid.final == "sigma_min" and sigmas[-2] <= sigmas[-1] * (1 + 1e-6):
             times, sigmas = times[:-1], sigmas[:-1]  # its last step goes nowhere; ours goes to clean
-        np.testing.assert_allclose(levels(process, times), sigmas, rtol=1e-6, err_msg=f"{steps} steps")
+        if betas == "zero_snr" and times[0] == process.t_max:
+            times, sigmas = times[1:], sigmas[1:]
+        np.testing.assert_allclose(
+            levels(process, times), sigmas, rtol=1e-6, atol=1e-12, err_msg=f"{steps} steps"
+        )
+
+
+@pytest.mark.parametrize("betas", ["sd15", "cosine"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [c for c in configurations() if c.values[0] in ("DPMSolverMultistep", "EulerDiscrete")],
+)
+def test_the_networks_timestep_is_diffusers_to_a_tenth_of_a_level_or_to_its_rounding(name, options, betas):
+    """diffusers interpolates log sigma between levels where we interpolate log alpha, so equal noise has times that
+    differ; some of its schedulers then round or cut them to whole numbers."""
+    scheduler, process = built(name, **BETAS[betas], **options)
+    grid = grid_of(scheduler)
+    for steps in STEPS[1:]:
+        scheduler.set_timesteps(steps)
+        ours = process.timestep(make_times("auto", steps, process, grid)[:-1])
+        whole = name == "DPMSolverMultistep"
+        assert np.abs(ours - scheduler.timesteps.double().numpy()).max() < (1.09 if whole else 0.09)
+
+
+def test_timesteps_of_schedulers_without_levels_are_diffusers():
+    import diffusers
+
+    for name in ("DDIM", "DDPM", "LCM", "TCD"):
+        for spacing in ("linspace", "leading", "trailing"):
+            scheduler = getattr(diffusers, f"{name}Scheduler")(timestep_spacing=spacing, steps_offset=1)
+            grid = grid_of(scheduler)
+            for steps in STEPS[spacing == "linspace" :]:  # one step of linspace starts at the first level
+                scheduler.set_timesteps(steps)
+                ours = SD15.timestep(make_times("auto", steps, SD15, grid)[:-1])
+                np.testing.assert_array_equal(
+                    ours, scheduler.timesteps.numpy(), err_msg=f"{name} {spacing} {steps}"
+                )
+
+
+@pytest.mark.parametrize("spacing", ["even", "karras", "exponential", "beta"])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 0.5, "exponential", "linear"])
+@pytest.mark.parametrize("terminal", [None, 0.1])
+def test_times_of_a_flow_are_diffusers(spacing, shift, terminal):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    options = {f"use_{spacing}_sigmas": True} if spacing != "even" else {}
+    dynamic = isinstance(shift, str)
+    options |= {"use_dynamic_shifting": True, "time_shift_type": shift} if dynamic else {"shift": shift}
+    scheduler = FlowMatchEulerDiscreteScheduler(shift_terminal=terminal, **options)
+    for tokens in (256, 1000) if dynamic else (0,):
+        grid = grids.at_resolution(grid_of(scheduler), tokens)
+        mu = {"mu": math.log(grid.shift) if shift == "exponential" else grid.shift} if dynamic else {}
+        for steps in STEPS:
+            if terminal and steps == 1:
+                continue  # diffusers divides by zero
+            scheduler.set_timesteps(steps, **mu)
+            times = make_times("auto", steps, FLOW, grid)
+            np.testing.assert_allclose(times, scheduler.sigmas.double().numpy(), rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize(
+    "name", ["UniPCMultistep", "DPMSolverMultistep", "DPMSolverSinglestep", "DEISMultistep"]
+)
+def test_times_of_a_flow_in_the_dpm_solver_family_are_diffusers(name, shift):
+    config = {"use_flow_sigmas": True, "flow_shift": shift, "prediction_type": "flow_prediction"}
+    scheduler, _ = built(name, **config)
+    assert process_of(scheduler) == FLOW
+    for steps in STEPS:
+        scheduler.set_timesteps(steps)
+        times = make_times("auto", steps, FLOW, grid_of(scheduler))[:-1]
+        # UniPC starts 1e-6 short of 1; DEIS ends by repeating its last level, we on clean
+        np.testing.assert_allclose(times, scheduler.sigmas.double().numpy()[:-1], rtol=1.1e-6)
+
+
+@pytest.mark.parametrize("name", ["EDMEuler", "EDMDPMSolverMultistep"])
+@pytest.mark.parametrize("spacing", ["karras", "exponential"])
+def test_levels_of_edm_are_diffusers(name, spacing):
+    import diffusers
+
+    scheduler = getattr(diffusers, f"{name}Scheduler")(sigma_schedule=spacing, rho=5.0)
+    process = process_of(scheduler)
+    for steps in STEPS[1:]:  # one step of its exponential starts at sigma_min
+        scheduler.set_timesteps(steps)
+        times = make_times("auto", steps, process, grid_of(scheduler))
+        np.testing.assert_allclose(times, scheduler.sigmas.double().numpy(), rtol=3e-6)
 
 
 # what is refused
