@@ -31,12 +31,13 @@ from .dualfast import dualfast
 from .er_sde import er_sde
 from .euler import euler, euler_churn, heun, heun_churn
 from .momentum import ghvb, hb
-from .restart import restart
 from .residual import langevin_corrected, reverse_chain
+from .restart import restart
 from .runge_kutta import kdpm2, kdpm2_ancestral
 from .sa_solver import sa_solver
 from .step import Denoise, Noise, Step
 from .unipc import dc_solver, unipc, unipc_3
+from .usf import usf
 
 Sampler = Callable[[Denoise, Process, Array, Array, Noise], Iterator[Step]]
 
@@ -63,6 +64,7 @@ SAMPLERS: dict[str, Sampler] = {
     "dc_solver": dc_solver,
     "dpm_solver_v3": dpm_solver_v3,
     "dualfast": dualfast,
+    "usf": usf,
     # methods for the plain differential equation
     "euler": euler,
     "heun": heun,

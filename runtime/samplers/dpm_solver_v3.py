@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from ..errors import PlanError
 from ..process import Array, Process
-from .exponential import Integrator, Point, first, gauss_legendre, solve
+from .exponential import Integrator, Point, divided_differences, first, gauss_legendre, solve
 from .step import Denoise, Noise, Step
 
 
@@ -122,16 +122,7 @@ def _coefficients(
     def weights(t: int, points: Sequence[Point], pseudo: bool) -> list[float]:
         j = [point.i for point in points]
         r, moment = (lam[j] - lam[t - 1]) / h[t - 1], moments[t - 1, : len(j)]
-        found = moment @ _divided_differences(r) if pseudo else solve(r, moment)
+        found = moment @ divided_differences(r) if pseudo else solve(r, moment)
         return list((integrator.alpha[t] * np.exp(S[t - 1] - S[j]) * found).tolist())
 
     return kept.tolist(), weights
-
-
-def _divided_differences(r: Array) -> Array:
-    """[k, j]: the weight of value j in the divided difference over the points r_0 to r_k."""
-    table = np.zeros((len(r), len(r)))
-    for k in range(len(r)):
-        apart = r[: k + 1, None] - r[: k + 1] + np.eye(k + 1)
-        table[k, : k + 1] = 1 / apart.prod(axis=1)
-    return table

@@ -59,15 +59,35 @@ def first(lam_t: float, lam: Sequence[float]) -> Array:
 
 def taylor(lam_t: float, lam: Sequence[float]) -> Array:
     """The weights that are exact for polynomials in lam of degree below the number of points."""
+    return solve(*_scaled(lam_t, lam))
+
+
+def pseudo(lam_t: float, lam: Sequence[float]) -> Array:
+    """Each derivative from as few of the points as it needs, in their order: second order from two points on, but
+    calmer in the fewest steps (Zheng et al. 2023 <arXiv:2310.13268>)."""
+    r, moments = _scaled(lam_t, lam)
+    return np.asarray(moments @ divided_differences(r))
+
+
+def _scaled(lam_t: float, lam: Sequence[float]) -> tuple[Array, Array]:
+    """The points r_j in units of the step, and int_0^h e^(u-h) (u/h)^k du."""
     h = lam_t - lam[0]
-    r = (np.array(lam) - lam[0]) / h
     moments = [math.factorial(k) * j / h**k for k, j in enumerate(J(h, len(lam)))]
-    return solve(r, np.array(moments))
+    return (np.array(lam) - lam[0]) / h, np.array(moments)
 
 
 def solve(r: Array, moments: Array) -> Array:
     """Weights w at the points r with sum_j w_j r_j^k = moments[k]: the Vandermonde system."""
     return np.asarray(np.linalg.solve(r ** np.arange(len(r))[:, None], moments))
+
+
+def divided_differences(r: Array) -> Array:
+    """[k, j]: the weight of value j in the divided difference over the points r_0 to r_k."""
+    table = np.zeros((len(r), len(r)))
+    for k in range(len(r)):
+        apart = r[: k + 1, None] - r[: k + 1] + np.eye(k + 1)
+        table[k, : k + 1] = 1 / apart.prod(axis=1)
+    return table
 
 
 @cache
@@ -111,6 +131,9 @@ class Integrator:
     def of(
         cls, process: Process, times: Array, *, noise_prediction: bool = False, eta: float = 0.0
     ) -> Integrator:
+        """Raises PlanError for an eta below 0, or above where the times rise."""
+        if eta < 0 or (eta > 0 and times[-1] > times[0]):
+            raise PlanError(f"eta {eta}", expected="0 or more" if eta < 0 else "0 for an inversion")
         alpha, sigma, lam = process.alpha(times), process.sigma(times), log_snr(process, times)
         lam = np.where(lam < NO_SIGNAL, -np.inf, lam)
         return cls(tuple(alpha.tolist()), tuple(sigma.tolist()), tuple(lam.tolist()), noise_prediction, eta)

@@ -15,12 +15,13 @@ from fewstep.runtime.samplers import exponential
 from fewstep.runtime.samplers.dpm_solver_v3 import Statistics
 from fewstep.runtime.samplers.exponential import Integrator, J, blocks
 from fewstep.runtime.samplers.unipc import dc_ratios
+from fewstep.runtime.samplers.usf import Decision
 
 from .exact import GAUSSIAN, SD15, even_in_lam, order
 
 EDGES = {"edm": (EDM(), 0.05, 20.0), "flow": (RectifiedFlow(), 0.05, 0.95), "vp": (SD15, 60.0, 990.0)}
 ZERO_SNR = DiscreteVP.from_betas(np.append(np.linspace(1e-4, 0.02, 999), 1.0))
-FAMILY = [name for name in SAMPLERS if name.startswith(("dpm", "unipc", "deis", "dc_", "dualfast"))]
+FAMILY = [name for name in SAMPLERS if name.startswith(("dpm", "unipc", "deis", "dc_", "dualfast", "usf"))]
 
 
 def sampler(name, **options):
@@ -132,6 +133,12 @@ ORDERS = [
     ("deis", {"order": 2}, 3),
     ("deis", {"order": 3}, 4),
     ("deis_tab", {"order": 2}, 3),
+    ("usf", {"decisions": [Decision(3)]}, 3),
+    ("usf", {"decisions": [Decision(4, noise_prediction=True)]}, 4),
+    ("usf", {"decisions": [Decision(2, corrector=3)]}, 3),
+    ("usf", {"decisions": [Decision(2, back=1)]}, 2),
+    ("usf", {"decisions": [Decision(3, back=2, corrector=3)]}, 3),
+    ("usf", {"decisions": [Decision(3, low_order=True)]}, 2),
     ("dpm_solver_v3", {"lower_order_final": False, "order": 1}, 1),
     ("dpm_solver_v3", {"lower_order_final": False, "order": 2}, 2),
     ("dpm_solver_v3", {"lower_order_final": False, "order": 3, "corrector": False}, 3),
@@ -402,6 +409,48 @@ def test_a_singlestep_solver_makes_as_many_calls_as_it_is_given_steps():
             assert len(plan(name, steps, SD15, np.linspace(1000, 0, steps + 1)).calls) == steps
 
 
+def test_an_inversion_follows_the_flow_upwards_as_accurately():
+    """The same solvers on rising times, from data to noise and in second order."""
+    denoise, x = GAUSSIAN.denoiser(EDM()), np.array([0.4, 1.0])
+    for name in ("dpmpp_2m", "dpm_solver_2m", "unipc", "dpmpp_2s", "dpm_solver_v3"):
+        errors = []
+        for steps in (80, 160):
+            times = np.geomspace(0.05, 20, steps + 1)
+            *_, last = Plan.trace(SAMPLERS[name], EDM(), times, prediction="sample").run(denoise, x)
+            errors.append(np.abs(last.x - GAUSSIAN.flow(EDM(), x, 0.05, 20.0)).max())
+        assert math.log2(errors[0] / errors[1]) > 1.85, name
+
+
+def test_usf_makes_the_known_solvers_of_their_decisions():
+    final = {"lower_order_final": False}
+    same_table(sampler("usf", decisions=[Decision(1)]), "ddim")
+    same_table(sampler("usf", decisions=[Decision(2)]), sampler("dpmpp_2m", solver_type="heun", **final))
+    same_table(sampler("usf", decisions=[Decision(3)]), sampler("dpmpp_3m_exact", **final))
+    noise = [Decision(3, noise_prediction=True)]
+    same_table(sampler("usf", decisions=noise), sampler("dpm_solver_3m", **final))
+    v3 = sampler("dpm_solver_v3", order=3, pseudo=True, corrector=False, **final)
+    same_table(sampler("usf", decisions=[Decision(3, low_order=True)]), v3)
+    v3 = sampler("dpm_solver_v3", order=3, **final)
+    same_table(
+        sampler("usf", decisions=[Decision(1), Decision(2, corrector=2), Decision(3, corrector=3)]), v3
+    )
+
+
+def test_usf_decides_each_step_anew():
+    decisions = [
+        Decision(1),
+        Decision(2, noise_prediction=True),
+        Decision(2, back=1, corrector=2),
+        Decision(1),
+    ]
+    table = plan(sampler("usf", decisions=decisions), 6, SD15, np.linspace(1000, 0, 7))
+    reads = [{(kind, i) for kind, i, _ in call.next} for call in table.calls]
+    assert reads[0] == {("x", 0), ("d", 0)}
+    assert reads[1] == {("x", 1), ("d", 1), ("x", 0), ("d", 0)}
+    assert reads[2] == {("x", 1), ("d", 2), ("d", 1)}
+    assert reads[4] == {("x", 4), ("d", 4)}
+
+
 # DC-Solver and DualFast
 
 
@@ -477,11 +526,26 @@ def test_dualfast_moves_the_first_order_term_alone(base):
         ("deis", {"variable": "lam"}, "log_rho"),
         ("dpm_solver_v3", {"order": 0}, "order 0"),
         ("dualfast", {"base": "heun"}, "dpmpp_2m"),
+        ("dpmpp_2m_sde", {"eta": -0.1}, "0 or more"),
+        ("usf", {"decisions": []}, "at least one"),
     ],
 )
 def test_options_that_do_not_exist_are_refused(name, options, message):
     with pytest.raises(PlanError, match=message):
         plan(sampler(name, **options), 4, SD15, np.linspace(1000, 0, 5))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"order": 0}, {"order": 5}, {"order": 2, "back": 2}, {"corrector": 1}, {"corrector": 4}]
+)
+def test_decisions_that_cannot_be_followed_are_refused(bad):
+    with pytest.raises(PlanError, match="order 1 to 4"):
+        Decision(**bad)
+
+
+def test_an_inversion_with_fresh_noise_is_refused():
+    with pytest.raises(PlanError, match="inversion"):
+        Plan.trace(SAMPLERS["dpmpp_2m_sde"], EDM(), [1.0, 2.0])
 
 
 def test_statistics_that_do_not_fit_together_are_refused():
