@@ -213,7 +213,7 @@ MAX_CANDIDATES = 1000
 
 
 def _policy(item: Any, where: str) -> Policy:
-    kind = _POLICIES.get(item.get("name", "")) if isinstance(item, Mapping) else None
+    kind = _POLICIES.get(str(item.get("name"))) if isinstance(item, Mapping) else None
     if kind is None:
         raise PlanError(f"{where} has an unknown policy {item!r}", expected=f"one of {', '.join(_POLICIES)}")
     names = {field.name for field in fields(kind)}
