@@ -196,12 +196,12 @@ def with_learned_variance(table: Plan, process: Process) -> Plan:
 
 def policies_from_json(data: Any, where: str) -> tuple[Policy, ...]:
     """Read what `to_json` wrote. Raises PlanError naming the row at fault."""
-    if not isinstance(data, list) or len(data) > len(_POLICIES):
+    if not isinstance(data, list) or len(data) > len(POLICIES):
         raise PlanError(f"{where} has policies that are not a short list")
     return tuple(_policy(item, where) for item in data)
 
 
-_POLICIES: dict[str, type[Policy]] = {
+POLICIES: dict[str, type[Policy]] = {
     "clip": Clip,
     "threshold": Threshold,
     "time_shift": TimeShift,
@@ -213,9 +213,9 @@ MAX_CANDIDATES = 1000
 
 
 def _policy(item: Any, where: str) -> Policy:
-    kind = _POLICIES.get(str(item.get("name"))) if isinstance(item, Mapping) else None
+    kind = POLICIES.get(str(item.get("name"))) if isinstance(item, Mapping) else None
     if kind is None:
-        raise PlanError(f"{where} has an unknown policy {item!r}", expected=f"one of {', '.join(_POLICIES)}")
+        raise PlanError(f"{where} has an unknown policy {item!r}", expected=f"one of {', '.join(POLICIES)}")
     names = {field.name for field in fields(kind)}
     if set(item) != {"name", *names}:
         raise PlanError(f"{where}: policy {item['name']}", expected=f"the fields name, {', '.join(names)}")
