@@ -27,7 +27,7 @@ from fewstep.runtime import SAMPLERS, DiscreteVP, Plan, plan
 from fewstep.runtime.errors import PlanError
 from fewstep.runtime.times import GRIDS
 from fewstep.tools.samplers import within
-from fewstep.tune.fit import begin, fit
+from fewstep.tune.fit import begin, fit, race, winner
 from fewstep.tune.learned import Coordinates, table_of
 from fewstep.tune.problem import Problem, long_run
 
@@ -106,17 +106,18 @@ def fixed(problem: Problem, calls: int) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["rmse"])
 
 
-def first_plan(problem: Problem, ranked: list[dict[str, Any]], calls: int) -> Plan:
-    """The best fixed plan that a learned one can begin as."""
+def beginnings(ranked: list[dict[str, Any]], calls: int, count: int = 4) -> list[Plan]:
+    """The best fixed plans that a learned one can begin as, each on another grid."""
+    found: dict[str, Plan] = {}
     for row in ranked:
-        made = plan(row["sampler"], calls, PROCESS, row["grid"]) if row["calls"] == calls else None
+        made = plan(row["sampler"], _steps(row, calls), PROCESS, row["grid"])
         try:
-            if made is not None and len(made.calls) == calls:
-                table_of(made, PROCESS)
-                return made
+            table_of(made, PROCESS)
         except PlanError:
             continue
-    return plan("ddim", calls, PROCESS)
+        if len(made.calls) == calls and row["grid"] not in found:
+            found[row["grid"]] = made
+    return list(found.values())[:count]
 
 
 def learn(problem: Problem, ranked: list[dict[str, Any]], calls: int, starts: int) -> dict[str, Any]:
@@ -127,10 +128,9 @@ def learn(problem: Problem, ranked: list[dict[str, Any]], calls: int, starts: in
     )
     mine = long_run(mine, plan("dpmpp_2m", 200, PROCESS, "logsnr"))
     at = Coordinates(PROCESS, calls, calls if calls <= LONG_HISTORY else 5)
-    first = first_plan(problem, ranked, calls)
-    state = begin(mine, at, at.encode(*table_of(first, PROCESS)))
-    for state in fit(mine, at, state):  # noqa: B007, B020
-        pass
+    runners = [begin(mine, at, at.encode(*table_of(first, PROCESS))) for first in beginnings(ranked, calls)]
+    *_, runners = race(mine, at, runners)
+    *_, state = fit(mine, at, winner(runners))
     unseen = np.arange(starts, STARTS)
     learned = at.plan(mine, np.array(state.best))
     best = min(

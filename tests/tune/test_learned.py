@@ -7,7 +7,7 @@ import pytest
 
 from fewstep.runtime import EDM, DiscreteVP, Plan, RectifiedFlow, plan
 from fewstep.runtime.errors import PlanError
-from fewstep.tune.fit import Fit, begin, difference_steps, fit, loss, normal_equations
+from fewstep.tune.fit import Fit, begin, difference_steps, fit, loss, normal_equations, race, winner
 from fewstep.tune.learned import Coordinates, learned, row_sums, table_of
 from fewstep.tune.problem import Problem, long_run
 
@@ -107,6 +107,20 @@ def test_a_fit_that_was_interrupted_ends_where_it_would_have():
     resumed = Fit.from_json(states[3].to_json())
     *_, again = fit(problem, at, resumed, (1.0, 0.1))
     assert again == last
+
+
+def test_the_race_goes_on_from_the_beginning_with_the_least_loss():
+    problem = mixture_problem(SD15, starts=12, fit=8, reference=60)
+    at = Coordinates(SD15, 4, 4)
+    starts = [
+        begin(problem, at, at.encode(*table_of(plan("ddim", 4, SD15, grid), SD15)))
+        for grid in ("logsnr", "trailing")
+    ]
+    *_, runners = race(problem, at, starts)
+    chosen = winner(runners)
+    assert chosen.loss == min(state.loss for state in runners)
+    assert chosen.held_out == min(state.held_out for state in runners)
+    assert all(state.round == 8 or state.stage == 1 for state in runners)
 
 
 def test_a_learned_plan_is_an_ordinary_one():
