@@ -30,7 +30,10 @@ FILE = Path(__file__).parents[2] / "runtime/spec/golden/plans.json"
 STEPS = 5
 SHAPE = (2, 8)
 """A batch of two, so that what is done per sample shows; 16 values are the fewest the noise contract defines."""
-NETWORK = "out = 0.6 * z / (1 + abs(z)) + 0.1 * timestep / (1 + abs(timestep)), with z = scale * input; a learned variance's output is out too"
+NETWORK = (
+    "out = 0.6 * z / (1 + abs(z)) + 0.1 * timestep / (1 + abs(timestep)), with z = scale * input; "
+    "a learned variance's output is out too"
+)
 
 SD15 = DiscreteVP.from_schedule("scaled_linear", 0.00085, 0.012, 1000)
 UNCONDITIONAL = {
