@@ -19,8 +19,12 @@ from .step import Denoise, Noise, Step
 class Statistics:
     """The model's linear part l and scaling s (two of the paper's "EMS") as functions of lam, averaged over elements.
 
-    Piecewise linear between the given lam, constant beyond. The paper's bias b is left out: a constant image is no
-    linear combination of predictions. l = 1, s = 0 is DPM-Solver++; l = 0, s = -1 is DPM-Solver.
+    Piecewise linear between the given lam, constant beyond. l = 1, s = 0 is DPM-Solver++; l = 0, s = -1 is DPM-Solver.
+    To measure them, with x noised data and y = x/alpha moving along the flow, dy/dlam = -(sigma/alpha) eps:
+
+        l = E[diag d(sigma eps)/dx],  f = (sigma eps - l x)/alpha,  s = E[f df/dlam] / E[f^2]
+
+    The paper's bias b is left out, since a constant image is no combination of predictions; hence no means in s.
     """
 
     lam: tuple[float, ...] = (0.0,)

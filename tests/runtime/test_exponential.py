@@ -12,9 +12,7 @@ from fewstep.runtime.errors import PlanError
 from fewstep.runtime.linear import Linear
 from fewstep.runtime.process import lam
 from fewstep.runtime.samplers import exponential
-from fewstep.runtime.samplers.dpm_solver_v3 import Statistics
 from fewstep.runtime.samplers.exponential import Integrator, J, blocks
-from fewstep.runtime.samplers.unipc import dc_ratios
 from fewstep.runtime.samplers.usf import Decision
 
 from .exact import GAUSSIAN, SD15, even_in_lam, order
@@ -90,23 +88,6 @@ def test_rho_ab_is_exact_for_noise_that_is_a_cubic_in_rho():
     steps = run(sampler("deis", lower_order_final=False), EDM(), times, denoise, np.array([7.0]))
     gain = steps[4].x - steps[2].x
     assert gain[0] == pytest.approx((1 - 3.0) + (1 - 3.0**4) / 4, rel=1e-12)
-
-
-@pytest.mark.parametrize("variant", ["bh1", "bh2"])
-@pytest.mark.parametrize("noise_prediction", [False, True])
-@pytest.mark.parametrize("p", [2, 3])
-def test_unipc_s_own_system_has_the_taylor_weights_as_its_solution(p, noise_prediction, variant):
-    """The corrector of order p >= 2: R rho = b, as the paper writes it, whatever B(h)."""
-    h, r = 0.7, np.array([*[-0.6, -1.3][: p - 1], 1.0])
-    hh = h if noise_prediction else -h
-    B = hh if variant == "bh1" else math.expm1(hh)
-    q, b = math.expm1(hh) / hh - 1, []
-    for i in range(1, p + 1):
-        b.append(math.factorial(i) * q / B)
-        q = q / hh - 1 / math.factorial(i + 1)
-    rho = np.linalg.solve(r ** np.arange(p)[:, None], b)
-    paper = np.append(-math.expm1(hh) + B * (rho / r).sum(), -B * rho / r)
-    np.testing.assert_allclose(exponential.taylor(-hh, list(-hh * np.append(0, r))), paper, rtol=1e-12)
 
 
 # Orders of accuracy
@@ -321,65 +302,6 @@ def test_diffusers_deis_is_dpm_solver_in_taylor_form():
     same_table(sampler("deis", order=1, variable="log_rho"), sampler("dpm_solver_2m", solver_type="heun"))
 
 
-@pytest.mark.parametrize("order", [1, 2, 3])
-def test_v3_without_statistics_is_dpmpp_and_with_the_noise_s_is_dpm_solver(order):
-    times = np.geomspace(20, 0.1, 13)
-    plain = {"order": order, "corrector": False, "lower_order_final": False}
-    taylor = [sampler("deis", order=order - 1, variable="log_rho", lower_order_final=False)]
-    taylor += [{1: "ddim", 2: sampler("dpmpp_2m", solver_type="heun"), 3: "dpmpp_3m_exact"}[order]]
-    if order > 1:
-        taylor[1] = partial(SAMPLERS["dpmpp_2m"], solver_type="heun", lower_order_final=False)
-    if order == 3:
-        taylor[1] = partial(SAMPLERS["dpmpp_3m_exact"], lower_order_final=False)
-    noise = Statistics((0.0,), (0.0,), (-1.0,))
-    denoise, x = GAUSSIAN.denoiser(EDM()), np.array([3.0, -8.0])
-    for options, reference in zip(({"statistics": noise}, {}), taylor, strict=True):
-        ends = [
-            run(s, EDM(), times, denoise, x)[-1].x
-            for s in (sampler("dpm_solver_v3", **plain, **options), reference)
-        ]
-        np.testing.assert_allclose(*ends, rtol=1e-10)
-
-
-def test_v3_is_exact_in_one_step_where_the_statistics_are_the_denoiser_s():
-    """Data of zero mean and spread s: eps is linear in x. With l = sigma^2/(sigma^2 + s^2) nothing is left to integrate
-    but a constant, 0, so that the state follows the flow at first order already."""
-    s2 = 0.36
-    knots = np.linspace(-4, 4, 4001)
-    l = tuple(np.exp(-2 * knots) / (np.exp(-2 * knots) + s2))  # noqa: E741
-    statistics = Statistics(tuple(knots), l, (0.0,) * len(knots))
-    times = np.array([30.0, 4.0, 0.5, 0.05])
-    denoise = lambda x, t: x * s2 / (s2 + float(t) ** 2)  # noqa: E731
-    last = run(
-        sampler("dpm_solver_v3", statistics=statistics, order=1), EDM(), times, denoise, np.array([10.0])
-    )[-1]
-    assert last.x[0] == pytest.approx(10 * math.sqrt((s2 + 0.05**2) / (s2 + 30**2)), rel=1e-5)
-
-
-def test_statistics_are_integrated_as_piecewise_linear_functions():
-    statistics = Statistics((-1.0, 0.5, 2.0), (1.0, 0.2, 0.6), (0.0, -1.0, 0.5))
-    for end in (-2.0, -0.3, 1.1, 3.0):
-        exact = quad(lambda v: np.interp(v, statistics.lam, statistics.l), -1, end, points=[0.5, 2.0])[0]
-        assert float(statistics.integral(statistics.l, end)) == pytest.approx(exact, abs=1e-12)
-
-
-@pytest.mark.parametrize("pseudo", [False, True])
-def test_v3_is_exact_for_the_derivatives_it_uses(pseudo):
-    """A prediction linear in lam: two points know it, with divided differences as well."""
-    times = np.geomspace(20, 0.5, 6)
-    options = {"order": 2, "pseudo": pseudo, "corrector": False, "lower_order_final": False}
-    steps = run(
-        sampler("dpm_solver_v3", **options),
-        EDM(),
-        times,
-        lambda x, t: np.array([2 - math.log(t)]),
-        np.ones(1),
-    )
-    start, h = -math.log(times[2]), math.log(times[2] / times[3])
-    expected = times[3] / times[2] * steps[1].x[0] + (2 + start) * J(h, 2)[0] + J(h, 2)[1]
-    assert steps[2].x[0] == pytest.approx(expected, rel=1e-12)
-
-
 @pytest.mark.parametrize(
     ("calls", "order", "expected"),
     [
@@ -451,64 +373,6 @@ def test_usf_decides_each_step_anew():
     assert reads[4] == {("x", 4), ("d", 4)}
 
 
-# DC-Solver and DualFast
-
-
-@pytest.mark.parametrize(
-    ("guidance", "calls", "expected"),
-    [
-        (7.5, 5, [1.0271, 0.7392, 1.2263]),
-        (7.5, 10, [0.4446, 0.8980, 1.0628, 1.0426, 0.9408, 0.8610, 0.9068, 1.1816]),
-        (11, 10, [1.0761, 0.9879, 0.9432, 0.9327, 0.9470, 0.9768, 1.0127, 1.0453]),
-    ],
-)
-def test_dc_ratios_are_the_published_regression_s(guidance, calls, expected):
-    """Values of the authors' code, to four digits."""
-    found = dc_ratios(guidance, calls)
-    assert found[:2] == (1, 1)
-    np.testing.assert_allclose(found[2:], expected, atol=6e-5)
-
-
-def test_dc_ratios_stay_near_one_where_the_fit_knows_nothing():
-    assert dc_ratios(7.5, 50) == (1,) * 50
-    for calls in range(1, 26):
-        ratios = dc_ratios(30.0, calls)
-        assert len(ratios) == calls
-        assert 0.3 <= min(ratios) <= max(ratios) <= 1.7
-
-
-def test_dc_solver_without_compensation_is_unipc():
-    same_table(sampler("dc_solver", ratios=[1.0] * 12), sampler("unipc", disable_corrector=(0,)))
-
-
-def test_compensation_reads_the_parabola_through_three_predictions():
-    """Predictions quadratic in t: compensating the third is predicting at t' = t_prev + ratio (t_last - t_prev)."""
-    times, ratio = np.array([9.0, 6.0, 5.0, 3.0]), 0.7
-    f = lambda t: 1 + 2 * t - 0.3 * t * t  # noqa: E731
-    at = {5.0: 6.0 + ratio * (5.0 - 6.0)}
-    options = {"corrector": False, "lower_order_final": False}
-    moved = run(sampler("unipc", ratios=(1, 1, ratio), **options), EDM(), times, lambda x, t: np.array([f(float(t))]),
-                np.ones(1))  # fmt: skip
-    there = run(sampler("unipc", **options), EDM(), times, lambda x, t: np.array([f(at.get(float(t), float(t)))]),
-                np.ones(1))  # fmt: skip
-    assert moved[2].x[0] == pytest.approx(there[2].x[0], rel=1e-12)
-    assert abs(moved[1].x[0] - there[1].x[0]) < 1e-12
-
-
-@pytest.mark.parametrize("base", ["ddim", "dpmpp_2m", "dpm_solver_2m"])
-def test_dualfast_moves_the_first_order_term_alone(base):
-    times = np.array([9.0, 6.0, 3.0])
-    denoise, x = GAUSSIAN.denoiser(EDM()), np.array([4.0])
-    plain = run(base, EDM(), times, denoise, x)
-    moved = run(sampler("dualfast", base=base, c_max=0.2), EDM(), times, denoise, x)
-    eps_tau, eps = (x - denoise(x, 9.0)) / 9.0, (plain[0].x - denoise(plain[0].x, 6.0)) / 6.0
-    assert moved[0].x == pytest.approx(plain[0].x)
-    # in EDM the first-order step is x + (sigma' - sigma) eps; at the second of two steps c is c_max
-    np.testing.assert_allclose(moved[1].x - plain[1].x, (3.0 - 6.0) * 0.2 * (eps - eps_tau), rtol=1e-12)
-    still = run(sampler("dualfast", base=base, c_max=0.0), EDM(), times, denoise, x)
-    np.testing.assert_allclose(still[1].x, plain[1].x, rtol=1e-14)
-
-
 # Edges
 
 
@@ -548,12 +412,6 @@ def test_an_inversion_with_fresh_noise_is_refused():
         Plan.trace(SAMPLERS["dpmpp_2m_sde"], EDM(), [1.0, 2.0])
 
 
-def test_statistics_that_do_not_fit_together_are_refused():
-    for bad in (((0.0, 1.0), (1.0,), (0.0,)), ((1.0, 0.0), (1.0, 1.0), (0.0, 0.0)), ((), (), ())):
-        with pytest.raises(PlanError, match="statistics"):
-            Statistics(*bad)
-
-
 def test_fewer_steps_than_the_order_run_with_what_there_is():
     for name in FAMILY:
         for steps in (1, 2):
@@ -566,10 +424,3 @@ def test_fewer_than_15_steps_end_with_lower_orders():
     for steps, ends in ((14, [4, 3, 2]), (15, [4, 4, 4])):
         calls = plan("dpmpp_3m", steps, SD15, np.linspace(1000, 100, steps + 1)).calls
         assert [len(call.next) for call in calls[-3:]] == ends
-
-
-def test_only_rows_of_dc_solver_grow():
-    for name in FAMILY:
-        calls = plan(name, 20, SD15, np.linspace(1000, 0, 21)).calls
-        rows = [len(call.next or ()) for call in calls]
-        assert max(rows) <= (20 if name == "dc_solver" else 8)
