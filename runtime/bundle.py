@@ -26,6 +26,7 @@ from .files import (
     temporary_name,
 )
 from .graphfile import check_graph
+from .irfile import check_ir
 from .manifest import NAME, VERSION_KEY, FileSpec, Manifest
 from .plainfiles import read_plain, walk
 from .strictjson import MAX_BYTES, loads
@@ -86,7 +87,7 @@ class Bundle:
         return self.path / name
 
     def check_graphs(self) -> None:
-        """Pass every ONNX graph through the gate of graphfile.py. Raises BundleError."""
+        """Pass every graph through the gate of its format: graphfile.py or irfile.py. Raises BundleError."""
         for graph in sorted({part.graph for part in self.manifest.parts.values()}):
             if graph.endswith(".onnx"):
                 folder = graph.rpartition("/")[0]
@@ -96,6 +97,8 @@ class Bundle:
                     if name.rpartition("/")[0] == folder
                 }
                 check_graph(self.file(graph), beside - {graph.rpartition("/")[2]})
+            elif graph.endswith(".xml"):
+                check_ir(self.file(graph), self.file(graph.removesuffix(".xml") + ".bin"))
 
 
 def _not_a_bundle(path: Path) -> BundleError:

@@ -66,6 +66,12 @@ class Denoiser:
         }
 
     def _network(self, sample: Array, timestep: float, condition: Mapping[str, Array]) -> Array:
+        if (
+            self.spec.inputs[0].shape[0] == 1 and len(sample) > 1
+        ):  # a graph of fixed sizes: one after the other
+            each = range(len(sample))
+            alone = [{name: value[i : i + 1] for name, value in condition.items()} for i in each]
+            return np.concatenate([self._network(sample[i : i + 1], timestep, alone[i]) for i in each])
         feeds: dict[str, Array] = {}
         for spec in self.spec.inputs:
             if spec.name == "sample":

@@ -57,8 +57,11 @@ class PartSpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     precision: str = "float32"
+    """What the engine is asked to compute in: float32, bfloat16 or float16. A device that lacks it takes float32."""
+    device: str = "cpu"
+    """cpu, gpu or npu: what the engine runs the graph on."""
     executed: bool = True
-    """Whether the gate ran this very graph on this very engine; False means converted, not executed."""
+    """Whether the gate ran this very graph on such a device; False means converted, not executed."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,8 @@ SPACINGS = (
 FINALS = ("clean", "first", "sigma_min")
 SHIFTS = ("exponential", "linear")
 GUIDANCES = ("none", "cfg")
+DEVICES = ("cpu", "gpu", "npu")
+PRECISIONS = ("float32", "bfloat16", "float16")
 DTYPES = (
     *("float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64"),
     *("uint8", "uint16", "uint32", "uint64", "bool"),
@@ -279,6 +284,8 @@ def _check(m: Manifest) -> None:
             part.engine,
             "the name of an engine",
         )
+        one_of(f"device of {name}", part.device, DEVICES)
+        one_of(f"precision of {name}", part.precision, PRECISIONS)
         need(part.graph in m.files, f"graph of {name}", part.graph, "a file of the list in files")
         for tensors, which in ((part.inputs, "inputs"), (part.outputs, "outputs")):
             names = [tensor.name for tensor in tensors]

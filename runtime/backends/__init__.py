@@ -1,6 +1,7 @@
 """Engines: one module a library, named for it, imported only when a graph asks for it.
 
-A backend module offers `open_session(path, spec, *, threads=None) -> Session` and `library_version() -> str`.
+A backend module offers `open_session(path, spec, *, threads=None) -> Session`, `library_version() -> str` and
+`runs_in(spec) -> str`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from numpy.typing import NDArray
 from ..errors import BadInput, MissingExtra
 from ..manifest import PartSpec
 
-__all__ = ["EXTRAS", "Session", "open_session"]
+__all__ = ["EXTRAS", "Session", "open_session", "runs_in"]
 
-EXTRAS = {"onnxruntime": "onnx"}
+EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}
 """Engine -> the extra of fewstep that installs it. Adding an engine is a module beside this one and a line here."""
 
 
@@ -41,12 +42,23 @@ def open_session(path: Path, spec: PartSpec, *, threads: int | None = None) -> S
     threads  cores for one run; None lets the engine take all of them
     Raises BadInput for an engine this version does not know, MissingExtra where its library is not installed.
     """
-    if spec.engine not in EXTRAS:
-        raise BadInput(f"engine {spec.engine!r}", expected=f"one of {', '.join(sorted(EXTRAS))}")
+    return cast(Session, _backend(spec.engine).open_session(path, spec, threads=threads))
+
+
+def runs_in(spec: PartSpec) -> str:
+    """The precision this host computes the part in: the spec's, or float32 where its device lacks that.
+
+    Raises as `open_session` does.
+    """
+    return str(_backend(spec.engine).runs_in(spec))
+
+
+def _backend(engine: str) -> Any:
+    if engine not in EXTRAS:
+        raise BadInput(f"engine {engine!r}", expected=f"one of {', '.join(sorted(EXTRAS))}")
     try:
-        backend = import_module(f".{spec.engine}", __package__)
+        return import_module(f".{engine}", __package__)
     except ModuleNotFoundError as error:
-        if error.name != spec.engine:
+        if error.name != engine:
             raise
-        raise MissingExtra.of(spec.engine, EXTRAS[spec.engine]) from None
-    return cast(Session, backend.open_session(path, spec, threads=threads))
+        raise MissingExtra.of(engine, EXTRAS[engine]) from None

@@ -17,6 +17,11 @@ def library_version() -> str:
     return str(onnxruntime.__version__)
 
 
+def runs_in(spec: PartSpec) -> str:
+    """The graph's own types decide, on every host alike."""
+    return spec.precision
+
+
 class OnnxRuntimeSession:
     """A graph loaded by ONNX Runtime."""
 
@@ -35,6 +40,10 @@ class OnnxRuntimeSession:
 
 
 def open_session(path: Path, spec: PartSpec, *, threads: int | None = None) -> OnnxRuntimeSession:
+    if path.suffix != ".onnx":  # it would take .ort too, which the bundle's gate does not read
+        raise BundleError(
+            f"{path.name} is no ONNX file", expected="an .onnx file", fix="export the bundle again"
+        )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = (
         3  # errors only: its warnings are about graphs, not about anything a user did

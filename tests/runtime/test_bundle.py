@@ -30,8 +30,8 @@ MANIFEST = Manifest(
     process={"kind": "edm"},
     prediction="sample",
     denoiser="unet",
-    # not .onnx: what the gate makes of graphs is test_graphfile.py's business
-    parts={"unet": PartSpec("openvino", "unet/model.xml", (), ())},
+    # neither .onnx nor .xml: what the gate makes of graphs is test_graphfile.py's business
+    parts={"unet": PartSpec("openvino", "unet/model.graph", (), ())},
     sample=SampleSpec(height=8, width=8, channels=3),
     plans={},
     sampler="ddim",
@@ -40,7 +40,7 @@ MANIFEST = Manifest(
 
 def fill(folder: Path, size: int = 1000) -> None:
     (folder / "unet").mkdir()
-    (folder / "unet/model.xml").write_bytes(b"x" * size)
+    (folder / "unet/model.graph").write_bytes(b"x" * size)
     (folder / "model_index.json").write_text("{}")
 
 
@@ -66,12 +66,12 @@ def names(folder: Path) -> set[str]:
 def test_what_was_written_opens(path: Path, check: Any) -> None:
     opened = Bundle.open(path, check)
     assert opened.path == path
-    assert opened.manifest.files["unet/model.xml"].bytes == 1000
-    assert set(opened.manifest.files) == {"unet/model.xml", "model_index.json"}
+    assert opened.manifest.files["unet/model.graph"].bytes == 1000
+    assert set(opened.manifest.files) == {"unet/model.graph", "model_index.json"}
 
 
 def test_a_listed_file_has_a_path(path: Path) -> None:
-    assert Bundle.open(path).file("unet/model.xml").read_bytes() == b"x" * 1000
+    assert Bundle.open(path).file("unet/model.graph").read_bytes() == b"x" * 1000
 
 
 @pytest.mark.parametrize("name", ["../secret", "manifest.json", "unet", "/etc/passwd", ""])
@@ -86,19 +86,19 @@ def test_a_bundle_opens_through_a_link_to_its_folder(path: Path, tmp_path: Path)
 
 
 def test_a_changed_byte_is_noticed(path: Path) -> None:
-    (path / "unet/model.xml").write_bytes(b"x" * 999 + b"y")
-    with pytest.raises(BundleError, match=r"unet/model\.xml has been changed or damaged"):
+    (path / "unet/model.graph").write_bytes(b"x" * 999 + b"y")
+    with pytest.raises(BundleError, match=r"unet/model\.graph has been changed or damaged"):
         Bundle.open(path)
 
 
 def test_size_alone_does_not_notice_a_changed_byte(path: Path) -> None:
-    (path / "unet/model.xml").write_bytes(b"x" * 999 + b"y")
+    (path / "unet/model.graph").write_bytes(b"x" * 999 + b"y")
     assert Bundle.open(path, check="size").manifest.name == "tiny"
 
 
 def corruptions() -> dict[str, tuple[Callable[[Path], Any], str]]:
     def longer(p: Path) -> None:
-        (p / "unet/model.xml").write_bytes(b"x" * 1001)
+        (p / "unet/model.graph").write_bytes(b"x" * 1001)
 
     def symlink(p: Path) -> None:
         (p / "model_index.json").rename(p.parent / "elsewhere")
@@ -109,7 +109,7 @@ def corruptions() -> dict[str, tuple[Callable[[Path], Any], str]]:
         (p / "unet").symlink_to("../unet")
 
     def hard_link(p: Path) -> None:
-        (p.parent / "secret").hardlink_to(p / "unet/model.xml")
+        (p.parent / "secret").hardlink_to(p / "unet/model.graph")
 
     def fifo(p: Path) -> None:
         (p / "model_index.json").unlink()
@@ -124,11 +124,11 @@ def corruptions() -> dict[str, tuple[Callable[[Path], Any], str]]:
         (p / "model_index.json").mkdir()
 
     return {
-        "longer": (longer, r"unet/model\.xml has 1,001 bytes; expected 1,000"),
+        "longer": (longer, r"unet/model\.graph has 1,001 bytes; expected 1,000"),
         "missing": (lambda p: (p / "model_index.json").unlink(), r"model_index\.json is missing"),
         "last of its folder missing": (
-            lambda p: (p / "unet/model.xml").unlink(),
-            r"unet/model\.xml is missing",
+            lambda p: (p / "unet/model.graph").unlink(),
+            r"unet/model\.graph is missing",
         ),
         "extra": (lambda p: (p / "unet/run.py").touch(), r"'unet/run\.py' is not listed.*delete it"),
         "hidden extra": (lambda p: (p / ".DS_Store").touch(), r"'\.DS_Store' is not listed"),
@@ -139,7 +139,7 @@ def corruptions() -> dict[str, tuple[Callable[[Path], Any], str]]:
         "empty folder": (lambda p: (p / "cache").mkdir(), "cache is an empty folder"),
         "symlink": (symlink, r"model_index\.json is a symbolic link"),
         "link to a folder": (folder_link, "unet is a symbolic link"),
-        "hard link": (hard_link, r"unet/model\.xml is a hard link: 2 names"),
+        "hard link": (hard_link, r"unet/model\.graph is a hard link: 2 names"),
         "fifo": (fifo, r"model_index\.json is a folder or a device"),
         "link for the manifest": (manifest_link, r"manifest\.json is a symbolic link"),
         "folder for a file": (folder, "empty folder"),
@@ -172,14 +172,14 @@ def test_a_file_that_grows_while_it_is_read_is_noticed(path: Path, monkeypatch: 
 
     def fstat_then_grow(descriptor: int) -> os.stat_result:
         info = real(descriptor)
-        with open(path / "unet/model.xml", "ab") as file:
+        with open(path / "unet/model.graph", "ab") as file:
             file.write(b"!")
         return info
 
     opened = json.loads((path / "manifest.json").read_text())
-    assert opened["files"]["unet/model.xml"]["bytes"] == 1000
+    assert opened["files"]["unet/model.graph"]["bytes"] == 1000
     monkeypatch.setattr(plainfiles.os, "fstat", fstat_then_grow)
-    with pytest.raises(BundleError, match=r"model\.xml"):
+    with pytest.raises(BundleError, match=r"model\.graph"):
         Bundle.open(path)
 
 
@@ -230,7 +230,7 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
 
 def test_only_the_bundle_remains(path: Path, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out"]
-    assert names(path) == {"manifest.json", "model_index.json", "unet", "unet/model.xml"}
+    assert names(path) == {"manifest.json", "model_index.json", "unet", "unet/model.graph"}
 
 
 def test_missing_parent_folders_are_made(tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_an_existing_bundle_is_not_replaced_unasked(path: Path) -> None:
 
 def test_an_existing_bundle_is_replaced_when_asked(path: Path, tmp_path: Path) -> None:
     write(path, size=5, overwrite=True)
-    assert Bundle.open(path).manifest.files["unet/model.xml"].bytes == 5
+    assert Bundle.open(path).manifest.files["unet/model.graph"].bytes == 5
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -267,7 +267,7 @@ def test_an_existing_bundle_is_replaced_where_names_cannot_be_exchanged(
 ) -> None:
     monkeypatch.setattr(files, "_exchange", lambda a, b: False)
     write(path, size=5, overwrite=True)
-    assert Bundle.open(path).manifest.files["unet/model.xml"].bytes == 5
+    assert Bundle.open(path).manifest.files["unet/model.graph"].bytes == 5
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -275,7 +275,7 @@ def test_a_failed_replacement_keeps_the_old_bundle(path: Path, tmp_path: Path) -
     with pytest.raises(ValueError, match="export"), BundleWriter(path, overwrite=True) as writer:
         fill(writer.folder, 5)
         raise ValueError("export failed")
-    assert Bundle.open(path).manifest.files["unet/model.xml"].bytes == 1000
+    assert Bundle.open(path).manifest.files["unet/model.graph"].bytes == 1000
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -404,7 +404,7 @@ def test_a_disk_that_fails_at_any_flush_leaves_the_old_bundle(
         write(path, size=5, overwrite=True)
     monkeypatch.undo()
     # the last flush, of the parent, comes after the rename: then the new one is whole
-    assert Bundle.open(path).manifest.files["unet/model.xml"].bytes == (5 if failing == 5 else 1000)
+    assert Bundle.open(path).manifest.files["unet/model.graph"].bytes == (5 if failing == 5 else 1000)
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -412,13 +412,13 @@ WRITE = """
 import resource, signal
 from fewstep.runtime.bundle import BundleWriter
 from fewstep.runtime.manifest import Manifest
-files = {{"unet/model.xml": {{"sha256": "0" * 64, "bytes": 0}}}}
+files = {{"unet/model.graph": {{"sha256": "0" * 64, "bytes": 0}}}}
 manifest = Manifest.from_json({{**{manifest!r}, "files": files}})
 {before}
 print("ready", flush=True)
 with BundleWriter({dest!r}, overwrite=True) as writer:
     (writer.folder / "unet").mkdir()
-    for name in ("unet/model.xml", "a", "b", "c"):
+    for name in ("unet/model.graph", "a", "b", "c"):
         with open(writer.folder / name, "wb") as file:
             for _ in range(40):
                 file.write(b"x" * 50_000)
@@ -457,7 +457,7 @@ def test_kill_9_at_any_moment_leaves_the_old_bundle_or_the_new_one(tmp_path: Pat
         process.wait()
         process.stdout.close()
         if dest.exists():
-            outcomes.add(Bundle.open(dest).manifest.files["unet/model.xml"].bytes)
+            outcomes.add(Bundle.open(dest).manifest.files["unet/model.graph"].bytes)
         else:
             assert not existing
             outcomes.add(0)

@@ -1,0 +1,147 @@
+"""OpenVINO: the CPU of any machine, and the GPU and NPU of Intel's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import openvino
+from numpy.typing import NDArray
+
+from ..errors import BadInput, BundleError
+from ..manifest import PartSpec, TensorSpec
+
+__all__ = ["OpenVinoSession", "library_version", "open_session", "runs_in"]
+
+HINTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+CAPABILITIES = {"float16": "FP16", "bfloat16": "BF16"}
+"""Precision -> what OpenVINO calls it when it lists what a device computes in; all compute in float32."""
+
+LARGE_BYTES = 512 << 20
+"""Weights above this are compiled once at a time: for every compiled graph the engine lays them out anew."""
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def library_version() -> str:
+    return str(openvino.__version__).partition("-")[0]
+
+
+@cache
+def _core() -> Any:
+    return openvino.Core()
+
+
+def devices() -> list[str]:
+    """The devices OpenVINO finds on this host, in its own names: CPU, GPU, NPU, GPU.1."""
+    return list(_core().available_devices)
+
+
+def runs_in(spec: PartSpec) -> str:
+    """The precision this host computes the part in: what the spec asks for where the device has it, else float32."""
+    if spec.precision not in CAPABILITIES:
+        return "float32"
+    able = _core().get_property(_device(spec), "OPTIMIZATION_CAPABILITIES")
+    return spec.precision if CAPABILITIES[spec.precision] in able else "float32"
+
+
+def open_session(path: Path, spec: PartSpec, *, threads: int | None = None) -> OpenVinoSession:
+    """Read an IR; it is compiled at the first run, when the sizes are known."""
+    if spec.precision not in HINTS:
+        raise BundleError(f"{path.name}: precision {spec.precision!r}", expected=f"one of {', '.join(HINTS)}")
+    device = _device(spec)
+    properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    properties["INFERENCE_PRECISION_HINT"] = HINTS[runs_in(spec)]
+    if threads is not None and device == "CPU":
+        properties["INFERENCE_NUM_THREADS"] = threads
+    weights = path.with_suffix(".bin")
+    if path.suffix != ".xml":  # the engine would guess at the format, and the bundle's gate knows this one
+        raise BundleError(
+            f"{path.name} is no OpenVINO IR", expected="an .xml file", fix="export the bundle again"
+        )
+    try:
+        # both files by name: the engine looks for neither, and maps the weights instead of reading them
+        model = _core().read_model(str(path), str(weights))
+    except Exception as error:
+        raise _cannot("read", path, error) from None
+    _check(path, model.inputs, spec.inputs)
+    _check(path, model.outputs, spec.outputs)
+    return OpenVinoSession(path, model, device, properties, large=weights.stat().st_size > LARGE_BYTES)
+
+
+class OpenVinoSession:
+    """A graph read by OpenVINO.
+
+    With sizes left free the engine is up to 1.4 times slower on small networks (benchmarks/x86.py), so the graph is
+    compiled for the sizes of the first run. A run at other sizes compiles it once more, with all sizes free.
+    """
+
+    def __init__(
+        self, path: Path, model: Any, device: str, properties: Mapping[str, Any], *, large: bool
+    ) -> None:
+        self._path, self._model, self._device, self._properties = path, model, device, properties
+        self._large = large
+        self._requests: dict[Shapes | None, Any] = {}
+        """Sizes it was compiled for -> the request that runs it; None: all sizes."""
+
+    def run(
+        self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        assert self._model is not None, "this session is closed"
+        request = self._request(feeds)
+        # shared: nothing is copied on the way in, and on the way out only what was asked for
+        request.infer(dict(feeds), share_inputs=True, share_outputs=True)
+        names = outputs or [output.get_any_name() for output in self._model.outputs]
+        return {name: request.get_tensor(name).data.copy() for name in names}
+
+    def close(self) -> None:
+        self._requests.clear()
+        self._model = None
+
+    def _request(self, feeds: Mapping[str, NDArray[Any]]) -> Any:
+        shapes: Shapes = tuple((name, array.shape) for name, array in feeds.items())
+        request = self._requests.get(shapes) or self._requests.get(None)
+        if request is None:
+            model, key = self._model, None
+            if model.is_dynamic() and not self._requests:
+                model, key = model.clone(), shapes
+                model.reshape({name: list(shape) for name, shape in shapes})
+            if self._large:
+                self._requests.clear()
+            try:
+                compiled = _core().compile_model(model, self._device, self._properties)
+            except Exception as error:
+                raise _cannot("compile", self._path, error) from None
+            request = self._requests[key] = compiled.create_infer_request()
+        return request
+
+
+def _device(spec: PartSpec) -> str:
+    """OpenVINO's name of the device the spec asks for. Raises BadInput where this host has none."""
+    name = spec.device.upper()
+    found = devices()
+    if name not in {device.partition(".")[0] for device in found}:
+        raise BadInput(
+            f"OpenVINO finds no {name} on this host, only {', '.join(found)}",
+            fix="install the device's driver, or export for another target (fewstep targets)",
+        )
+    return name
+
+
+def _check(path: Path, found: Sequence[Any], expected: Sequence[TensorSpec]) -> None:
+    """The names and types of inputs or outputs are those of the manifest."""
+    got = {tensor.get_any_name(): tensor.get_element_type().to_dtype().name for tensor in found}
+    wanted = {spec.name: spec.dtype for spec in expected}
+    if got != wanted:
+        raise BundleError(f"{path.name} has {got}", expected=f"{wanted}", fix="export the bundle again")
+
+
+def _cannot(do: str, path: Path, error: Exception) -> BundleError:
+    """OpenVINO's errors are pages that begin with places in its own source; the last line has the reason."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return BundleError(
+        f"{path.name}: OpenVINO {library_version()} cannot {do} it ({' '.join(lines[-1:])[:200]})",
+        fix="export the bundle again, or update openvino",
+    )
