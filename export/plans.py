@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from ..model.libraries import diffusers, quiet
 from ..model.model import Model
 from ..runtime.errors import NotLinear
+from ..runtime.grids import at_resolution
+from ..runtime.manifest import GridSpec
 from ..runtime.plan import Plan, plan
 from ..runtime.process import DiscreteVP
 from ..runtime.samplers import SAMPLERS
@@ -30,12 +33,26 @@ def plan_of(model: Model, sampler: str, steps: int) -> Plan:
     if sampler == "model" and model.scheduler is not None:
         try:
             with quiet():
-                return Plan.from_diffusers(_scheduler(model), steps)
+                return Plan.from_diffusers(_scheduler(model), steps, **_shift(model))
         except NotLinear as error:
             fix = f"pass --sampler with one of {', '.join(SAMPLERS)}, or switch that off in scheduler_config.json"
             raise NotLinear(error.found, expected=error.expected, fix=fix) from None
     name = traced_sampler(model) if sampler == "model" else sampler
-    return plan(name, steps, model.process, prediction=model.prediction, grid=model.grid)
+    return plan(name, steps, model.process, prediction=model.prediction, grid=_grid(model))
+
+
+def _grid(model: Model) -> GridSpec:
+    """The model's grid at its own size."""
+    sample = model.sample
+    return at_resolution(model.grid, sample.height * sample.width // sample.multiple**2)
+
+
+def _shift(model: Model) -> dict[str, float]:
+    """What a scheduler with dynamic shifting has to be told: mu, of which the shift is the exponential or itself."""
+    if model.grid.dynamic is None:
+        return {}
+    shift = _grid(model).shift
+    return {"mu": math.log(shift) if model.grid.dynamic.kind == "exponential" else shift}
 
 
 def _scheduler(model: Model) -> Any:

@@ -20,7 +20,7 @@ from ..runtime.manifest import Manifest, PartSpec, TokenizerSpec
 from ..runtime.plan import Plan, plan
 from ..runtime.process import DiscreteVP
 from ..runtime.progress import Progress
-from ..runtime.times import check_steps
+from ..runtime.times import check_steps, find_grid
 from ..targets import Target, load_target
 from . import child, gate, parts, preflight, sidefiles, speed
 from .plans import plan_of, traced_sampler
@@ -54,6 +54,7 @@ def export_bundle(
     *,
     steps: int | None = None,
     sampler: str | None = None,
+    times: str | None = None,
     recipe: Path | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -67,6 +68,8 @@ def export_bundle(
     source          what `model.load` takes, or a Model
     steps           of the default plan; the target's recipe says how many otherwise
     sampler         a traced sampler by name; otherwise the recipe's, which usually is the model's own scheduler
+    times           a time grid by name in place of the model's own, also for plans traced later; the sampler is then
+                    a traced one, the nearest to the model's scheduler where none was asked for
     recipe          a TOML file whose keys override the target's [recipe]
     dry_run         say what would be done, and write nothing; no Exported event
     config          for a single .safetensors file: a diffusers folder of its family
@@ -84,6 +87,10 @@ def export_bundle(
     sampler = device.recipe.sampler if sampler is None else sampler
     if sampler != "model":
         plan(sampler, 1, DiscreteVP.from_schedule("linear", 1e-4, 0.02, 1000))  # refuses an unknown name
+    if times == "auto":
+        times = None
+    if times is not None:
+        find_grid(times)
     clock = _Clock()
 
     yield Progress("check", 0.0, str(source if not isinstance(source, Model) else source.name))
@@ -106,6 +113,9 @@ def export_bundle(
             )
             clock.lap("load")
             model = _passes(model, Context(device, work))
+            if times is not None:
+                model = replace(model, grid=replace(model.grid, spacing=times))
+                sampler = traced_sampler(model) if sampler == "model" else sampler
             default = plan_of(model, sampler, steps)
             specs: dict[str, PartSpec] = {}
             quality: dict[str, Any] = {"parts": {}}

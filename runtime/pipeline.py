@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +13,13 @@ from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .backends import Session, open_session
 from .bundle import Bundle
 from .denoiser import Denoiser, network_inputs
 from .errors import BadInput, Cancelled, MissingExtra, PlanError
+from .grids import Grid, at_resolution
 from .manifest import Manifest
 from .noise import Noise
 from .plan import Plan
@@ -115,7 +118,7 @@ class Pipeline:
         latents: Array | None = None,
         output_type: str = "pil",
         sampler: str | None = None,
-        times: str | None = None,
+        times: str | Grid | ArrayLike | None = None,
         plan: str | Plan | None = None,
         callback_on_step_end: Callback | None = None,
     ) -> Output:
@@ -123,8 +126,9 @@ class Pipeline:
 
         Image i of the call starts from `seed + i`, exactly as diffusers does with one generator per image, so each
         can be drawn again alone. `sampler` and `times` name a sampler and a time grid (SAMPLERS and GRIDS of the
-        runtime); `plan` is one of the bundle's plans by name, or a Plan, in their stead. `latents` replaces the
-        starting noise (standard normal, [n, channels, h, w]).
+        runtime; `times` may also be a function like those in GRIDS, or the times themselves); `plan` is one of the
+        bundle's plans by name, or a Plan, in their stead. `latents` replaces the starting noise (standard normal,
+        [n, channels, h, w]).
         `callback_on_step_end(pipeline, index, timestep, {"latents": x})` is called after each step.
         Raises BadInput for arguments the bundle cannot serve, Cancelled after `interrupt`.
         """
@@ -168,13 +172,17 @@ class Pipeline:
         latents: Array | None = None,
         output_type: str = "pil",
         sampler: str | None = None,
-        times: str | None = None,
+        times: str | Grid | ArrayLike | None = None,
         plan: str | Plan | None = None,
     ) -> Generator[StepDone, None, Output]:
         """The same, step by step: yields after each step and returns the Output. Stop iterating to cancel."""
         begin = time.perf_counter()
         self._stop = False
-        table = plan if isinstance(plan, Plan) else self.plan(num_inference_steps, sampler, times, plan)
+        table = (
+            plan
+            if isinstance(plan, Plan)
+            else self.plan(num_inference_steps, sampler, times, plan, height=height, width=width)
+        )
         prompts, labels = self._subjects(prompt, class_labels, num_images_per_prompt)
         n = len(prompts or labels or range(num_images_per_prompt))
         scale = self._guidance(guidance_scale)
@@ -232,10 +240,14 @@ class Pipeline:
         self,
         steps: int | None = None,
         sampler: str | None = None,
-        times: str | None = None,
+        times: str | Grid | ArrayLike | None = None,
         name: str | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
     ) -> Plan:
-        """The plan a call with these arguments runs: one of the bundle's, or one traced for other steps.
+        """The plan a call with these arguments runs: one of the bundle's, or one traced for other steps or, where the
+        model's grid depends on it, another size.
 
         Raises PlanError for unknown names, and for a named plan with steps, a sampler or a grid beside it.
         """
@@ -249,20 +261,29 @@ class Pipeline:
                 )
             return Plan.from_json(plans[name])
         default = Plan.from_json(plans["default"]) if "default" in plans else None
+        sample, grid = self.manifest.sample, self.manifest.grid
+        own_size = height in (None, sample.height) and width in (None, sample.width)
         if (
             default
             and times is None
             and sampler in (None, default.sampler)
             and steps in (None, default.steps)
+            and (own_size or grid.dynamic is None)
         ):
             return default
+        if grid.dynamic is not None:
+            patch = sample.multiple // sample.factor
+            grid = at_resolution(grid, math.prod(self._shape(height, width)[1:]) // patch**2)
+        if steps is None:
+            named = times is None or isinstance(times, str) or callable(times)
+            steps = (default.steps if default else 20) if named else len(np.asarray(times)) - 1
         return make_plan(
             sampler or self.manifest.sampler,
-            default.steps if steps is None and default else 20 if steps is None else steps,
+            steps,
             process_from_json(self.manifest.process),
-            times or "auto",
+            "auto" if times is None else times,
             prediction=self.manifest.prediction,
-            grid=self.manifest.grid,
+            grid=grid,
         )
 
     def decode(self, x0: Array) -> Array:

@@ -15,7 +15,7 @@ from .grids.levels import is_discrete
 from .manifest import GridSpec
 from .process import EDM, Array, Process, RectifiedFlow
 
-__all__ = ["GRIDS", "MAX_STEPS", "Grid", "check_steps", "check_times", "make_times"]
+__all__ = ["GRIDS", "MAX_STEPS", "Grid", "check_steps", "check_times", "find_grid", "make_times"]
 
 MAX_STEPS = 1000
 """More steps than any trained discrete model has noise levels; a larger number is a typing error."""
@@ -39,11 +39,8 @@ def make_times(name: str | Grid, steps: int, process: Process, grid: GridSpec = 
         name = grid.spacing
     if name == "auto":
         name = {RectifiedFlow: "linspace", EDM: "karras"}.get(type(process), "trailing")
-    if isinstance(name, str):
-        if name not in GRIDS:
-            raise PlanError.unknown("time grid", name, ["auto", *GRIDS])
-        name = GRIDS[name]
-    times = np.asarray(name(steps, process, grid), dtype=np.float64)
+    layout = find_grid(name) if isinstance(name, str) else name
+    times = np.asarray(layout(steps, process, grid), dtype=np.float64)
     if times.shape != (steps,):
         raise PlanError(
             f"a grid that gives times of shape {times.shape} for {steps} steps",
@@ -53,6 +50,13 @@ def make_times(name: str | Grid, steps: int, process: Process, grid: GridSpec = 
     # a grid whose own last level is already the first trained one: only clean is left below it
     reached = end == 1.0 and abs(times[-1] - end) < 1e-9
     return check_times(np.append(times, 0.0 if reached else end), process)
+
+
+def find_grid(name: str) -> Grid:
+    """The grid of that name. Raises PlanError with the nearest names."""
+    if name not in GRIDS:
+        raise PlanError.unknown("time grid", name, ["auto", *GRIDS])
+    return GRIDS[name]
 
 
 def check_times(times: ArrayLike, process: Process, *, rising: bool = False) -> Array:

@@ -57,6 +57,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", metavar="DIR", help="measure all others against this bundle")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="repeat for several")
     parser.add_argument("--steps", type=int, help="network steps an image (default: each bundle's own plan)")
+    parser.add_argument(
+        "--sampler", metavar="NAME", help="default: each bundle's own; see `fewstep samplers`"
+    )
+    parser.add_argument("--times", metavar="GRID", help="time grid (default: each bundle's own)")
     parser.add_argument("--runs", type=positive, default=12, help="warm images a bundle (default 12)")
     parser.add_argument("--cold-runs", type=positive, default=6, help="fresh processes a bundle (default 6)")
     add_threads(parser)
@@ -78,6 +82,8 @@ def call(args: argparse.Namespace) -> Answer:
         output=args.output,
         prompts=tuple(args.prompt or PROMPTS),
         steps=args.steps,
+        sampler=args.sampler,
+        times=args.times,
         runs=args.runs,
         cold_runs=args.cold_runs,
         threads=args.threads,
@@ -92,6 +98,8 @@ def bench(
     output: Path | None,
     prompts: tuple[str, ...] = PROMPTS,
     steps: int | None = None,
+    sampler: str | None = None,
+    times: str | None = None,
     runs: int = 12,
     cold_runs: int = 6,
     threads: int | None = None,
@@ -103,7 +111,7 @@ def bench(
     if output is not None:
         with output_errors(output):  # before minutes of measuring, not after
             output.mkdir(parents=True, exist_ok=True)
-    job = Job(labelled, prompts, steps, runs, cold_runs, threads)
+    job = Job(labelled, prompts, steps, sampler, times, runs, cold_runs, threads)
     host = fingerprint()
     samples: dict[str, Samples] = {}
     watch(measure(job, samples), "bench", lambda tick: (tick.fraction, tick.note))
@@ -161,7 +169,8 @@ def _describe(label: str, bundle: Any, samples: Samples, job: Job) -> dict[str, 
         "sha256": hashlib.sha256(own).hexdigest(),
         "target": manifest.target.get("id"),
         "steps": job.steps or Plan.from_json(manifest.plans["default"]).steps,
-        "sampler": manifest.sampler,
+        "sampler": job.sampler or manifest.sampler,
+        "times": job.times or "auto",
         "width": manifest.sample.width,
         "height": manifest.sample.height,
         "captions": list(job.prompts)

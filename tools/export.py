@@ -17,7 +17,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", required=True, metavar="NAME", help="a device: see `fewstep targets`")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", type=Path, help="the bundle to write")
     parser.add_argument("--steps", type=int, help="steps of the default plan")
-    parser.add_argument("--sampler", metavar="NAME", help="ddim, euler, heun, dpmpp_2m, lcm")
+    parser.add_argument(
+        "--sampler", metavar="NAME", help="instead of the model's own: see `fewstep samplers`"
+    )
+    parser.add_argument(
+        "--times", metavar="GRID", help="time grid instead of the model's own, such as karras"
+    )
     parser.add_argument(
         "--recipe", metavar="FILE", type=Path, help="a TOML file instead of the target's recipe"
     )
@@ -43,6 +48,7 @@ def call(args: argparse.Namespace) -> Answer:
         args.output,
         steps=args.steps,
         sampler=args.sampler,
+        times=args.times,
         recipe=args.recipe,
         overwrite=args.overwrite,
         dry_run=args.dry_run,

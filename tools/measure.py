@@ -34,6 +34,8 @@ class Job:
     bundles: dict[str, Path]
     prompts: tuple[str, ...]
     steps: int | None = None
+    sampler: str | None = None
+    times: str | None = None
     runs: int = 12
     cold_runs: int = 3
     threads: int | None = None
@@ -82,10 +84,11 @@ class Worker:
             self.close()
             raise
 
-    def image(self, prompt: str, seed: int, steps: int | None, *, show: bool = False) -> dict[str, Any]:
+    def image(self, prompt: str, seed: int, job: Job, *, show: bool = False) -> dict[str, Any]:
         """Draw one image and return the child's measurements of it."""
         assert self.process.stdin is not None
-        request = {"prompt": prompt, "seed": seed, "steps": steps, "show": show}
+        choice = {"steps": job.steps, "sampler": job.sampler, "times": job.times}
+        request = {"prompt": prompt, "seed": seed, "show": show, **choice}
         try:
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
@@ -140,7 +143,7 @@ def measure(job: Job, into: dict[str, Samples]) -> Iterator[Tick]:
             for label, path in job.bundles.items()
         }
         for label, worker in workers.items():  # unmeasured: the first images of a process pay for its loading
-            shown = [worker.image(p, i, job.steps, show=True) for i, p in enumerate(job.prompts)]
+            shown = [worker.image(p, i, job, show=True) for i, p in enumerate(job.prompts)]
             into[label].pictures = [reply["png"] for reply in shown]
             into[label].load = shown[0]["timings"].get("load")
             done += 1
@@ -148,7 +151,7 @@ def measure(job: Job, into: dict[str, Samples]) -> Iterator[Tick]:
         for r in range(job.runs):
             for label in _turned(list(workers), r):
                 time.sleep(PAUSE_SECONDS)
-                _warm(workers[label].image(job.prompts[r % len(job.prompts)], r, job.steps), into[label])
+                _warm(workers[label].image(job.prompts[r % len(job.prompts)], r, job), into[label])
                 done += 1
                 yield Tick(done / total, f"round {r + 1} of {job.runs}")
 
@@ -160,7 +163,7 @@ def _turned(labels: Sequence[str], r: int) -> list[str]:
 
 def _cold(job: Job, label: str, samples: Samples) -> None:
     with Worker(label, job.bundles[label], job.threads) as worker:
-        first = worker.image(job.prompts[0], 0, job.steps)
+        first = worker.image(job.prompts[0], 0, job)
         process = time.perf_counter() - worker.began
     samples.cold.append({"process": process, **worker.opened, "image": first["wall"]})
     if first["peak_rss_bytes"]:

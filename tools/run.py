@@ -31,7 +31,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--negative-prompt", metavar="TEXT")
     parser.add_argument("--class-label", type=int, metavar="N", help="of a class-conditional model")
     parser.add_argument("--steps", type=int, help="default: the bundle's own plan")
-    parser.add_argument("--sampler", metavar="NAME", help="ddim, euler, heun, dpmpp_2m, lcm")
+    parser.add_argument("--sampler", metavar="NAME", help="see `fewstep samplers`")
+    parser.add_argument(
+        "--times", metavar="GRID", help="time grid, for instance karras: see `fewstep samplers`"
+    )
     parser.add_argument("--guidance", type=float, metavar="SCALE", help="1 switches guidance off")
     parser.add_argument("-s", "--seed", type=int, default=0, help="of the first image; the next has seed + 1")
     parser.add_argument("--count", type=int, default=1, help="how many images")
@@ -64,6 +67,7 @@ def call(args: argparse.Namespace) -> Answer:
                 width=args.width,
                 seed=args.seed + i,
                 sampler=args.sampler,
+                times=args.times,
                 output_type="np",
             )
             output = _drawn(drawing, partial(_share, update, i, args.count))
@@ -94,6 +98,7 @@ def describe(pipeline: Pipeline, output: Any, args: argparse.Namespace, digest: 
         "seed": output.seeds[0],
         "steps": output.plan.steps,
         "sampler": output.plan.sampler,
+        "times": args.times or "auto",
         "plan": "default" if output.plan == pipeline.plan() else "traced",
         "guidance": manifest.guidance.scale if args.guidance is None else args.guidance,
         "height": height,

@@ -1,6 +1,6 @@
 """One bundle in a process of its own, driven by JSON lines: what `fewstep bench` measures.
 
-    parent  -> worker   {"do": "image", "prompt": "a cat", "seed": 3, "steps": 8}
+    parent  -> worker   {"do": "image", "prompt": "a cat", "seed": 3, "steps": 8, "sampler": null, "times": "karras"}
     worker  -> parent   {"total": 0.21, "text": 0.01, ..., "peak_rss_bytes": 61234567}
 
 A process each, because a peak of memory cannot be taken back and because two engines in one process share
@@ -62,6 +62,8 @@ def _image(pipeline: Any, request: dict[str, Any]) -> dict[str, Any]:
         request["prompt"] if pipeline.manifest.tokenizer else None,
         class_labels=request["seed"] % pipeline.manifest.classes if pipeline.manifest.classes else None,
         num_inference_steps=request["steps"],
+        sampler=request.get("sampler"),
+        times=request.get("times"),
         seed=request["seed"],
     )
     parts = pipeline.manifest.parts

@@ -61,7 +61,7 @@ GRIDS: dict[str, Grid] = {
     # Ren et al. 2024 <arXiv:2404.13686>; its model card runs the one-step U-Net at timestep 800
     "hyper": partial(distilled, name="hyper", only=(1, 2, 4, 8, 12, 16), single=800.0),
     # Yin et al. 2024 <arXiv:2405.14867>: 999, 749, 499, 249, and the one-step SDXL at 399
-    "dmd2": partial(distilled, name="dmd2", only=(1, 4), single=399.0),
+    "dmd2": partial(distilled, name="dmd2", only=(1, 2, 3, 4), single=399.0),
 }
 """Every grid by the name users know it by."""
 

@@ -140,6 +140,17 @@ def test_a_traced_sampler_replaces_the_models_own(pixels, tmp_path):
     assert done.manifest.sampler == "dpmpp_2m"
 
 
+def test_a_time_grid_replaces_the_models_own_and_stays_with_the_bundle(pixels, tmp_path):
+    *_, done = export(pixels, tmp_path / "b", times="karras", steps=3)
+    plan = done.manifest.plans["default"]
+    assert (plan["sampler"], plan["steps"]) == ("ddim", 3)
+    assert done.manifest.grid.spacing == "karras"
+    with Pipeline.from_pretrained(done.path) as pipeline:
+        levels = [call.t for call in pipeline.plan(5).calls]
+        assert levels == [call.t for call in pipeline.plan(5, times="karras").calls]
+        assert levels != [call.t for call in pipeline.plan(5, times="trailing").calls]
+
+
 def test_speed_is_measured_against_the_unoptimized_export(pixels, tmp_path, monkeypatch):
     monkeypatch.setattr("fewstep.export.speed.BUDGET_S", 0.0)
     *_, done = export(pixels, tmp_path / "b", measure_speed=True)
@@ -191,6 +202,10 @@ def test_steps_out_of_range_are_refused(steps, pixels, tmp_path):
 
 def test_an_unknown_sampler_lists_the_known_ones(pixels, tmp_path):
     refused(PlanError, pixels, tmp_path / "b", "sampler 'magic'", "dpmpp_2m", sampler="magic")
+
+
+def test_an_unknown_grid_names_the_nearest(pixels, tmp_path):
+    refused(PlanError, pixels, tmp_path / "b", "time grid 'karas'", "did you mean karras", times="karas")
 
 
 def test_an_unknown_target_is_refused(pixels, tmp_path):

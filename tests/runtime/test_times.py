@@ -42,7 +42,7 @@ def serves(name, kind):
     return name not in discrete or kind in ("vp", "zero_snr")
 
 
-ONLY = {"turbo": (1, 2, 3, 4), "lightning": (1, 2, 4, 8), "hyper": (1, 2, 4, 8, 12, 16), "dmd2": (1, 4)}
+ONLY = {"turbo": (1, 2, 3, 4), "lightning": (1, 2, 4, 8), "hyper": (1, 2, 4, 8, 12, 16), "dmd2": (1, 2, 3, 4)}
 BELOW_1000 = ("lcm", "tcd", "pcm", "leading_open", "linspace_open", *ONLY)
 
 

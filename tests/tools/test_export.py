@@ -71,6 +71,7 @@ def test_show_a_model_lists_its_parts(main, tiny_sd):
         ([*TARGET, "--steps", "0"], "0"),
         ([*TARGET, "--steps", "1000000"], "1000000"),
         ([*TARGET, "--sampler", "magic"], "magic"),
+        ([*TARGET, "--times", "karas"], "did you mean karras"),
         ([*TARGET, "--recipe", "/nowhere.toml"], "nowhere"),
     ],
 )

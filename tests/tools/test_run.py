@@ -160,3 +160,65 @@ def test_a_signal_stops_a_run_and_leaves_no_half_file(number, text_bundle, tmp_p
     assert left
     for path in left:
         opened(path)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--times", "karas"), ("time grid 'karas'", "did you mean karras")),
+        (("--times", "ays_svd"), ("time grid ays from noise level 700", "expected levels of at most")),
+        (("--times", "lightning", "--steps", 3), ("3 steps on the lightning grid", "1, 2, 4 or 8")),
+        (("--times", "trailing", "--steps", 2000), ("2000 steps", "1 to 1000")),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused_in_one_line(draw, words, said):
+    code, out, err = draw(*words)
+    assert (code, out) == (2, "")
+    last = err.strip().splitlines()[-1]
+    assert "Traceback" not in err
+    assert last.startswith("fewstep: error: ")
+    assert all(text in last for text in said), last
+
+
+def test_a_grid_by_name_is_the_pipeline_s_and_is_written_down(draw, text_bundle, tmp_path):
+    assert draw("--steps", 3, "--times", "karras")[0] == 0
+    pixels, text = opened(tmp_path / "x.png")
+    with Pipeline.from_pretrained(text_bundle) as pipeline:
+        expected = pipeline("a red apple", num_inference_steps=3, times="karras").images[0]
+        assert pipeline.plan(3, times="karras").calls[1].t not in (334.0, 667.0)  # not the bundle's own grid
+    assert np.array_equal(pixels, np.asarray(expected))
+    assert json.loads(text["fewstep"])["times"] == "karras"
+
+
+def test_a_pipeline_takes_a_grid_as_a_function_and_as_times(text_bundle):
+    from functools import partial
+
+    from fewstep.runtime.grids import karras
+
+    with Pipeline.from_pretrained(text_bundle) as pipeline:
+        named = pipeline.plan(3, times="karras")
+        assert pipeline.plan(3, times=partial(karras, rho=7.0)) == named
+        assert pipeline.plan(times=[*(call.t for call in named.calls), 0.0]) == named
+        with pytest.raises(ValueError, match="3 times for 3 steps"):
+            pipeline.plan(3, times=[900.0, 400.0, 0.0])
+
+
+def test_a_shift_that_depends_on_the_size_is_that_of_the_size_drawn(text_bundle):
+    import math
+    from dataclasses import replace
+
+    from fewstep.runtime.manifest import DynamicShift, GridSpec
+    from fewstep.runtime.process import RectifiedFlow
+
+    with Pipeline.from_pretrained(text_bundle) as pipeline:
+        grid = GridSpec(
+            "trailing", dynamic=DynamicShift(base_tokens=1, max_tokens=2, base_shift=0, max_shift=0.1)
+        )
+        flow = {"process": RectifiedFlow().to_json(), "prediction": "flow", "sampler": "euler", "grid": grid}
+        pipeline.bundle = replace(pipeline.bundle, manifest=replace(pipeline.manifest, **flow, plans={}))
+        sample = pipeline.manifest.sample
+        for width in (sample.width, 2 * sample.width):
+            tokens = sample.height * width // sample.multiple**2
+            s = math.exp(0.1 * (tokens - 1))
+            middle = pipeline.plan(2, height=sample.height, width=width).calls[1].t
+            assert middle == pytest.approx(s / (1 + s))  # of t = 1/2
