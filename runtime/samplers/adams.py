@@ -67,8 +67,7 @@ def plms(
 ) -> Iterator[Step]:
     """PLMS: a pseudo improved Euler step, then iPNDM; what Stable Diffusion calls PNDM without its Runge-Kutta steps.
 
-    Liu et al. 2022, section 3.3 and S-PNDM of appendix A.4, which is order 2 <arXiv:2202.09778>.
-    steps + 1 network calls.
+    Liu et al. 2022 <arXiv:2202.09778>; order 2 is their S-PNDM. steps + 1 network calls.
     """
     slopes: list[Array] = []
     for i, (here, there) in enumerate(pairwise(levels(process, times))):

@@ -21,7 +21,7 @@ def bdia(
     x_before: Array | None = None,
     t_before: float = 0.0,
 ) -> Iterator[Step]:
-    """BDIA-DDIM. Zhang, Lewis and Kleijn 2023, equation 18 <arXiv:2307.10829>. One network call a step.
+    """BDIA-DDIM. Zhang, Lewis and Kleijn 2023 <arXiv:2307.10829>. One network call a step; second order.
 
     gamma     weight of the correction. 1 inverts without loss of digits; for sampling alone the authors take 0.5 at
               10 steps up to 1 at 40 <github.com/guoqiang-zhang-x/BDIA>

@@ -43,8 +43,7 @@ def lcm(
 def tcd(
     denoise: Denoise, process: Process, x: Array, times: Array, noise: Noise, *, eta: float = 0.3
 ) -> Iterator[Step]:
-    """Strategic stochastic sampling of trajectory consistency models. Zheng et al. 2024, algorithm 4
-    <arXiv:2402.19159>.
+    """Strategic stochastic sampling of trajectory consistency models. Zheng et al. 2024 <arXiv:2402.19159>.
 
     eta  gamma of the paper, 0 deterministic to 1 fully stochastic: each step jumps to timestep
          floor((1 - eta) timestep') and is noised up to timestep'. 0.3 is diffusers' default.

@@ -17,8 +17,8 @@ def ddpm(
 
     large  the variance of a step, exp(large log(beta) + (1 - large) log(beta~)): 0 the small fixed one, beta~, the
            posterior of data at one point, which makes the step DDIM's with eta 1; 1 the large fixed one, beta, of
-           data as spread as noise. Between them lies what a network may learn (Nichol and Dhariwal 2021, equation
-           15, arXiv:2102.09672); its own per-pixel answer is no linear update, and runs drop it.
+           data as spread as noise. A network may learn where between them (Nichol and Dhariwal 2021, equation 15,
+           arXiv:2102.09672): `with_learned_variance` of policy.py adds that to a plan with 0.
 
     beta is the variance between the grid's own neighbouring times, as Nichol and Dhariwal have it for skipped levels.
     A step onto sigma 0 draws no noise; diffusers draws some there with the large variance on grids that skip level 0.

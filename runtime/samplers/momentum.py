@@ -21,13 +21,14 @@ GHVB = (
     (24, ((46, 9), (-78, 19), (42, -5), (-10, 1))),
     (720, ((1650, 251), (-3420, 646), (2880, -264), (-1380, 106), (270, -19))),
 )
-"""By order: denominator n and (a, b) of each weight (a + b beta) / n, newest first. Wizadwongsa et al. 2023, eq. 21."""
+"""By order: denominator n and (a, b) of each weight (a + b beta) / n, newest first, as in the
+authors' momentum_scheduler.py <github.com/sWizad/momentum-diffusion>."""
 
 
 def hb(
     denoise: Denoise, process: Process, x: Array, times: Array, noise: Noise, *, beta: float = 0.9
 ) -> Iterator[Step]:
-    """DPM-Solver++(2M) with Polyak's heavy ball. Wizadwongsa et al. 2023, section 4.1 <arXiv:2307.11118>.
+    """DPM-Solver++(2M) with Polyak's heavy ball. Wizadwongsa et al. 2023 <arXiv:2307.11118>.
 
     beta  1 is DPM-Solver++(2M); smaller ones keep 1 - beta of the last direction, for 0.8 to 0.95 with few steps and
           strong guidance; the order of accuracy falls to 1
@@ -56,7 +57,7 @@ def hb(
 def ghvb(
     denoise: Denoise, process: Process, x: Array, times: Array, noise: Noise, *, order: float = 1.8
 ) -> Iterator[Step]:
-    """GHVB: Adams-Bashforth on slopes with heavy-ball memory. Wizadwongsa et al. 2023, section 4.2 <arXiv:2307.11118>.
+    """GHVB: Adams-Bashforth on slopes with heavy-ball memory. Wizadwongsa et al. 2023 <arXiv:2307.11118>.
 
     order  a real number up to 5: weights of its ceiling, damped by beta, its fraction; whole orders have beta 1 and
            are `ipndm`. 1.8 to 2.8 suit few steps. It has its ceiling's order of accuracy on grids even in c

@@ -29,7 +29,7 @@ def restart(
     s_noise: float = 1.0,
     move: Move = heun_move,
 ) -> Iterator[Step]:
-    """Restart sampling. Xu et al. 2023, algorithm 1 <arXiv:2306.14878>.
+    """Restart sampling. Xu et al. 2023 <arXiv:2306.14878>.
 
     intervals  where to restart; an interval begins at the grid's time nearest to its low level, and is left out when
                that time is not below its high level or the process has no such noise

@@ -13,10 +13,11 @@ from .step import Denoise, Noise, Step, frame, frame_times, noise_to_signal
 
 
 def kdpm2(denoise: Denoise, process: Process, x: Array, times: Array, noise: Noise) -> Iterator[Step]:
-    """DPM2, second order. Karras et al. 2022, algorithm 3 with the midpoint in log sigma <arXiv:2206.00364>.
+    """DPM2, second order: the midpoint of DPM-Solver-2 (Lu et al. 2022, algorithm 1 <arXiv:2206.00927>) in EDM's
+    variables, as k-diffusion has it.
 
-    The sampler that k-diffusion names after DPM-Solver-2 (Lu et al. 2022), in EDM's variables. Two network calls a
-    step, one for a last step onto sigma 0. On a discrete model the middle falls between trained levels.
+    Two network calls a step, one for a last step onto sigma 0. On a discrete model the middle falls between trained
+    levels.
     """
     c = frame(process, times)[1]
     middle = levels(process, frame_times(process, np.sqrt(np.where(c[1:] > 0, c[1:], c[:-1]) * c[:-1])))

@@ -11,7 +11,7 @@ from fewstep.runtime import EDM, SAMPLERS, DiscreteVP, RectifiedFlow, plan
 from fewstep.runtime.errors import PlanError
 from fewstep.runtime.process import lam
 from fewstep.runtime.samplers.adams import ipndm, lms
-from fewstep.runtime.samplers.er_sde import er_sde
+from fewstep.runtime.samplers.er_sde import GROWTH, _integrals, er_sde
 from fewstep.runtime.samplers.momentum import GHVB, ghvb, hb
 from fewstep.runtime.samplers.sa_solver import _moments, sa_solver
 
@@ -186,6 +186,18 @@ def test_moments_of_the_exponential_kernel(z):
     w, weight = (node + 1) / 2, weight / 2
     exact = [float(np.sum(weight * z * np.exp(-z * (1 - w)) * w**m)) for m in range(4)]
     np.testing.assert_allclose(_moments(np.array([z]), 4)[:, 0], exact, rtol=1e-12)
+
+
+def test_integrals_of_er_sde_have_their_closed_forms():
+    high, low = np.array([80.0, 1.0, 0.3]), np.array([0.002, 0.9, 0.2999])
+    for lam in np.stack([high, low], axis=1):
+        a, b, h = *lam, lam[0] - lam[1]
+        first, second = _integrals(lam, GROWTH["ode"])
+        assert first[0] == pytest.approx(b * math.log(a / b) - h, rel=1e-9)
+        assert second[0] == pytest.approx(b * h - a * b * math.log(a / b) + h**2 / 2, rel=1e-6)
+        first, second = _integrals(lam, GROWTH["sde"])
+        assert first[0] == pytest.approx(b * h / a - h, rel=1e-12)
+        assert second[0] == pytest.approx(b**2 * math.log(a / b) - b * h + h**2 / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 50])

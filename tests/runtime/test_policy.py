@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from fewstep.runtime import EDM, Plan, plan
+from fewstep.runtime import EDM, DiscreteVP, Plan, plan
 from fewstep.runtime.errors import PlanError
 from fewstep.runtime.plan import x0_conversion
-from fewstep.runtime.policy import Clip, Threshold, TimeShift, with_policies, with_time_shift
+from fewstep.runtime.policy import (
+    Clip,
+    LearnedVariance,
+    Threshold,
+    TimeShift,
+    with_learned_variance,
+    with_policies,
+    with_time_shift,
+)
 
 from .exact import SD15
 
@@ -177,8 +185,47 @@ def test_policies_apply_in_order():
     np.testing.assert_allclose(clip_last, [[1, 0.5, -1, 0]], atol=1e-12)
 
 
+def test_learned_variance_is_diffusers_learned_range(monkeypatch):
+    """The network's second half of channels places each element's variance between the two fixed ones."""
+    beta = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = diffusers.DDPMScheduler(**beta, clip_sample=False, variance_type="learned_range")
+    scheduler.set_timesteps(12)
+    fresh = np.random.default_rng(1).standard_normal((12, *samples().shape))
+
+    def both(x):
+        return np.tanh(x), np.sin(2 * x)
+
+    theirs, draws = torch.from_numpy(samples()), iter(fresh)
+    monkeypatch.setattr(
+        diffusers.schedulers.scheduling_ddpm, "randn_tensor", lambda *_, **__: torch.from_numpy(next(draws))
+    )
+    for t in scheduler.timesteps:
+        output = torch.from_numpy(np.concatenate(both(theirs.numpy()), axis=1))
+        theirs = scheduler.step(output, t, theirs).prev_sample
+
+    def denoise(x, t):
+        output, t.variance = both(x)
+        return t.call.x0[0] * x + t.call.x0[1] * output
+
+    process, draws = DiscreteVP(scheduler.alphas_cumprod.double().numpy()), iter(fresh)
+    table = plan("ddpm", 12, process, [*(scheduler.timesteps.numpy() + 1.0), 0.0])
+    *_, last = with_learned_variance(table, process).run(denoise, samples(), lambda: next(draws))
+    np.testing.assert_allclose(last.x, theirs.numpy(), rtol=1e-6, atol=1e-6)
+    draws = iter(fresh)
+    *_, small = table.run(denoise, samples(), lambda: next(draws))
+    assert np.abs(small.x - last.x).max() > 1e-2
+
+
+def test_learned_variance_needs_noise_and_a_network_that_has_it():
+    with pytest.raises(PlanError, match="draws no noise"):
+        with_learned_variance(plan("ddim", 3, SD15), SD15)
+    table = with_learned_variance(plan("ddpm", 3, SD15), SD15)
+    with pytest.raises(PlanError, match="twice the sample's channels"):
+        list(table.run(network, samples(), lambda: samples()))
+
+
 def test_policies_survive_json():
-    table = with_policies(with_time_shift(plan("ddim", 6, SD15), SD15), Clip(1.5), Threshold(0.99, 2.0))
+    table = with_policies(with_time_shift(plan("ddim", 6, SD15), SD15), Clip(1.5), LearnedVariance(0.3))
     assert Plan.from_json(json.dumps(table.to_json())) == table
 
 
