@@ -1,7 +1,8 @@
 """Networks that look at pictures: any ONNX graph that gives a vector, and scorers that also know captions.
 
 An image graph has one input, RGB pictures in 0..1 as [n, 3, height, width], and its first output holds one vector a
-picture, [n, ...]. Resizing and normalising belong into the graph: what is done here in silence nobody could repeat elsewhere.
+picture, [n, ...]. Resizing and normalising belong into the graph: what was done here in silence nobody
+could repeat elsewhere.
 
 A scorer is a folder with three files, and no code:
 

@@ -9,13 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import pairwise
 
 import numpy as np
 
-__all__ = ["bars", "stacked", "strips", "ticks"]
+__all__ = ["bars", "curves", "stacked", "strips", "ticks"]
 
 ROW = 34
 AXIS = 22
+HEIGHT = 190
+"""Pixels of a plot of curves, its axis not counted."""
+COLOURS = 6
+"""Of the page's style sheet."""
 
 
 def ticks(top: float, about: int = 4) -> list[float]:
@@ -71,6 +76,40 @@ def stacked(rows: Sequence[tuple[str, Mapping[str, float]]], unit: str) -> str:
         drawn.append(_row(label, f"{_short(start)} {unit}", "".join(marks)))
     legend = "".join(f'<span class="key s{i}">{escape(name)}</span>' for i, name in enumerate(names))
     return _plot(drawn, top, unit) + f'<p class="legend">{legend}</p>'
+
+
+def curves(lines: Sequence[tuple[str, Sequence[float | None]]], unit: str, step: str) -> str:
+    """Lines over 1, 2, 3, ...; None is left out, what lies below 0 is drawn at 0. A legend below.
+
+    step  what the horizontal axis counts
+    """
+    values = [value for _, line in lines for value in line if value is not None]
+    top, count = max(values, default=0.0) * 1.04, max((len(line) for _, line in lines), default=0)
+
+    def x(i: int) -> str:  # the first tenth is the scale's
+        return f"{10 + 88 * i / max(1, count - 1):.2f}%"
+
+    def y(value: float) -> str:
+        return f"{HEIGHT * (1 - max(0.0, value) / top) if top > 0 else HEIGHT:.1f}"
+
+    marks = []
+    for tick in ticks(top):
+        text = f'<text x="9%" y="{y(tick)}" dy="4" text-anchor="end">{_short(tick)}</text>'
+        marks.append(f'<line class="rule" x1="10%" x2="98%" y1="{y(tick)}" y2="{y(tick)}"/>{text}')
+    for number, (label, line) in enumerate(lines):
+        places = [(x(i), y(v), v) for i, v in enumerate(line) if v is not None]
+        for (x1, y1, _), (x2, y2, _) in pairwise(places):
+            marks.append(f'<line class="curve k{number % COLOURS}" x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}"/>')
+        for cx, cy, value in places:
+            tip = f"<title>{escape(label)}: {_short(value)} {unit}</title>"
+            marks.append(f'<circle class="c{number % COLOURS}" cx="{cx}" cy="{cy}" r="2.5">{tip}</circle>')
+    for i in sorted({0, (count - 1) // 2, count - 1}) if count else ():
+        marks.append(f'<text x="{x(i)}" y="{HEIGHT + 16}" text-anchor="middle">{step} {i + 1}</text>')
+    legend = "".join(
+        f'<span class="key k{i % COLOURS}">{escape(label)}</span>' for i, (label, _) in enumerate(lines)
+    )
+    drawing = f'<svg width="100%" height="{HEIGHT + AXIS}" role="img">{"".join(marks)}</svg>'
+    return f'<div class="curves">{drawing}</div><p class="legend">{legend} (in {unit})</p>'
 
 
 def _plot(rows: Sequence[str], top: float, unit: str) -> str:

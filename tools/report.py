@@ -11,7 +11,7 @@ from typing import Any
 from .console import human_bytes, human_rate, human_seconds
 from .plots import bars, stacked, strips
 
-__all__ = ["render"]
+__all__ = ["flatten", "html_table", "page", "picture", "render", "section"]
 
 MIB = 2**20
 SERIES = {"image": "Whole image", "text": "Text encoder", "step": "One step", "decode": "Decoder"}
@@ -36,9 +36,13 @@ def render(report: Mapping[str, Any], pictures: Mapping[str, Sequence[str]]) -> 
         _quality(bundles),
         _host(report),
     ]
+    return page("fewstep bench: " + ", ".join(bundle["label"] for bundle in bundles), body)
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """A whole page that needs nothing beside it; parts are ready HTML, and empty ones are left out."""
     template = Template(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
-    title = "fewstep bench: " + ", ".join(bundle["label"] for bundle in bundles)
-    return template.substitute(title=escape(title), body="\n".join(part for part in body if part))
+    return template.substitute(title=escape(title), body="\n".join(part for part in parts if part))
 
 
 def _head(report: Mapping[str, Any], first: Mapping[str, Any]) -> str:
@@ -89,11 +93,11 @@ def _verdicts(report: Mapping[str, Any]) -> str:
         return ""
     rows = [(c["a"], c["b"], COMPARED[c["metric"]], _verdict(c)) for c in report["comparisons"]]
     cells = ["".join(f"<td>{escape(v)}</td>" for v in row[:3]) + f"<td>{row[3]}</td>" for row in rows]
-    return _section(
+    return section(
         "Faster or not",
         "Median of the rounds' ratios with its exact 95 % interval; the bundles ran in turn. "
         "Of twenty pairs of equal bundles about one would be called different.",
-        _table(("bundle", "against", "what", "verdict"), cells),
+        html_table(("bundle", "against", "what", "verdict"), cells),
     )
 
 
@@ -102,16 +106,21 @@ def _pictures(report: Mapping[str, Any], pictures: Mapping[str, Sequence[str]]) 
     for bundle in report["bundles"]:
         figures = []
         for prompt, png in zip(bundle["captions"], pictures[bundle["label"]], strict=True):
-            pixelated = ' class="small-picture"' if bundle["width"] < PIXELATED_BELOW else ""
-            text = escape(prompt, quote=True)
-            image = f'<img{pixelated} alt="{text}" src="data:image/png;base64,{png}">'
-            figures.append(f"<figure>{image}<figcaption>{text}</figcaption></figure>")
+            figures.append(picture(png, prompt, bundle["width"]))
         if figures:
             psnr = bundle.get("psnr_db")
             same = f", {psnr:.1f} dB from {escape(bundle['psnr_against'])}" if psnr else ""
             head = f'<p class="small soft">{escape(bundle["label"])}{same}</p>'
             parts.append(f'{head}<div class="pictures">{"".join(figures)}</div>')
-    return _section("Pictures", "The same seeds for every bundle.", "".join(parts)) if parts else ""
+    return section("Pictures", "The same seeds for every bundle.", "".join(parts)) if parts else ""
+
+
+def picture(png: str, caption: str, width: int) -> str:
+    """png: base64; width: in pixels, which decides how it is enlarged."""
+    pixelated = ' class="small-picture"' if width < PIXELATED_BELOW else ""
+    text = escape(caption, quote=True)
+    image = f'<img{pixelated} alt="{text}" src="data:image/png;base64,{png}">'
+    return f"<figure>{image}<figcaption>{text}</figcaption></figure>"
 
 
 def _timings(bundles: Sequence[Mapping[str, Any]]) -> str:
@@ -131,8 +140,8 @@ def _timings(bundles: Sequence[Mapping[str, Any]]) -> str:
         for b in bundles
     ]
     parts.append(f"<p class='small'><b>Where the time goes</b></p>{stacked(stages, 'ms')}")
-    parts.append(_table(("what", "bundle", "p50", "p90", "p99", "samples"), rows, numbers=4))
-    return _section(
+    parts.append(html_table(("what", "bundle", "p50", "p90", "p99", "samples"), rows, numbers=4))
+    return section(
         "Warm", "Every dot is one measurement, the box the middle half, the line the median.", "".join(parts)
     )
 
@@ -150,13 +159,13 @@ def _cold(bundles: Sequence[Mapping[str, Any]]) -> str:
         if b["samples"]["cold"]
     ]
     text = "A fresh process each time, from its start to the first image; the files were in the page cache."
-    return _section("Cold", text, stacked(rows, "ms")) if rows else ""
+    return section("Cold", text, stacked(rows, "ms")) if rows else ""
 
 
 def _memory(bundles: Sequence[Mapping[str, Any]]) -> str:
     rows = [(b["label"], (b["summary"]["peak_rss_bytes"] or 0) / MIB) for b in bundles]
     text = "The most a fresh process held up to and including its first image (VmHWM)."
-    return _section("Peak memory", text, bars(rows, "MiB")) if any(v for _, v in rows) else ""
+    return section("Peak memory", text, bars(rows, "MiB")) if any(v for _, v in rows) else ""
 
 
 def _sizes(bundles: Sequence[Mapping[str, Any]]) -> str:
@@ -166,8 +175,8 @@ def _sizes(bundles: Sequence[Mapping[str, Any]]) -> str:
         sizes = [b["size"]["parts"].get(part) if part != "total" else b["size"]["total"] for b in bundles]
         cells = "".join(f'<td class="n">{"" if s is None else human_bytes(s)}</td>' for s in sizes)
         rows.append(f"<td>{escape(part)}</td>{cells}")
-    return _section(
-        "On disk", "", _table(("part", *(b["label"] for b in bundles)), rows, numbers=len(bundles))
+    return section(
+        "On disk", "", html_table(("part", *(b["label"] for b in bundles)), rows, numbers=len(bundles))
     )
 
 
@@ -176,20 +185,18 @@ def _quality(bundles: Sequence[Mapping[str, Any]]) -> str:
     for b in bundles:
         rows = [f"<td>{escape(k)}</td><td class='n'>{escape(v)}</td>" for k, v in flatten(b["quality"])]
         if rows:
-            table = _table(("what the gate measured at export", ""), rows, numbers=1)
+            table = html_table(("what the gate measured at export", ""), rows, numbers=1)
             parts.append(f"<details><summary>{escape(b['label'])} ({len(rows)})</summary>{table}</details>")
     return (
-        _section("Against the original", "Measured when the bundle was made.", "".join(parts))
-        if parts
-        else ""
+        section("Against the original", "Measured when the bundle was made.", "".join(parts)) if parts else ""
     )
 
 
 def _host(report: Mapping[str, Any]) -> str:
     flags = [name for name, have in report["host"]["flags"].items() if have]
     rows = [*flatten({**report["host"], "flags": ", ".join(flags)}), *flatten({"job": report["job"]})]
-    table = _table(("", ""), [f"<td>{escape(k)}</td><td>{escape(v)}</td>" for k, v in rows])
-    return _section(
+    table = html_table(("", ""), [f"<td>{escape(k)}</td><td>{escape(v)}</td>" for k, v in rows])
+    return section(
         "Host and job",
         "Repeat it with:",
         f"<p><code>{escape(' '.join(report['command']))}</code></p>"
@@ -214,12 +221,12 @@ def flatten(data: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _section(title: str, text: str, content: str) -> str:
+def section(title: str, text: str, content: str) -> str:
     line = f'<p class="soft small">{text}</p>' if text else ""
     return f"<section><h2>{title}</h2>{line}{content}</section>"
 
 
-def _table(header: Iterable[str], rows: Iterable[str], numbers: int = 0) -> str:
+def html_table(header: Iterable[str], rows: Iterable[str], numbers: int = 0) -> str:
     """rows: ready <td> cells; the last `numbers` columns are aligned right."""
     names = list(header)
     first = len(names) - numbers
