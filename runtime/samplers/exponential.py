@@ -26,17 +26,13 @@ import numpy as np
 from ..errors import PlanError
 from ..process import Array, Process
 from ..process import lam as log_snr
-from .step import Denoise, Noise, Step
+from .step import NO_SIGNAL, Denoise, Noise, Step
 
 Rule = Callable[[float, Sequence[float]], Array]
 """(lam_t, lam of the points, the start s first) -> w with int_0^h e^(u-h) m(u) du = sum of w_j m_j."""
 
 FEW_STEPS = 15
 """Below this many steps multistep solvers end with lower orders, for stability (diffusers, lower_order_final)."""
-
-NO_SIGNAL = math.log(2.0**-52)
-"""lam below which alpha x0 is lost in float64's rounding of sigma noise: as good as alpha 0, which schedules of zero
-terminal SNR do not quite reach."""
 
 
 def J(h: float, count: int) -> list[float]:
@@ -131,11 +127,13 @@ class Integrator:
     def of(
         cls, process: Process, times: Array, *, noise_prediction: bool = False, eta: float = 0.0
     ) -> Integrator:
-        """Raises PlanError for an eta below 0, or above where the times rise."""
+        """Raises PlanError for an eta below 0, or above where the times rise, and for a start without noise."""
         if eta < 0 or (eta > 0 and times[-1] > times[0]):
             raise PlanError(f"eta {eta}", expected="0 or more" if eta < 0 else "0 for an inversion")
         alpha, sigma, lam = process.alpha(times), process.sigma(times), log_snr(process, times)
-        lam = np.where(lam < NO_SIGNAL, -np.inf, lam)
+        if not np.all(sigma[:-1] > 0):
+            raise PlanError("a network call at sigma 0", expected="noise at every time but the last")
+        lam = np.where(alpha > NO_SIGNAL, lam, -np.inf)
         return cls(tuple(alpha.tolist()), tuple(sigma.tolist()), tuple(lam.tolist()), noise_prediction, eta)
 
     def point(self, i: int, x: Array, x0: Array) -> Point:
@@ -148,9 +146,9 @@ class Integrator:
     def points(self, i: int, order: int, lower_final: bool) -> int:
         """How many points step i of a multistep solver uses: it ramps up, and steps of infinite length use one.
 
-        A start at lam = -inf is no point a polynomial could pass through.
+        A time at lam = -inf is no point a polynomial could pass through.
         """
-        past = i + 1 - math.isinf(self.lam[0])
+        past = sum(map(math.isfinite, self.lam[: i + 1]))
         ahead = len(self.lam) - 1 - i if lower_final else order
         return min(order, past, ahead) if self.finite(i, i + 1) else 1
 
@@ -231,7 +229,7 @@ def blocks(integrator: Integrator, order: int) -> list[int]:
     A step from lam = -inf or onto lam = inf is a block of its own.
     """
     last = len(integrator.lam) - 2
-    head = [1] if last > 0 and not integrator.finite(0, 1) else []
+    head = [1] * min(last, sum(map(math.isinf, integrator.lam[:-1])))
     calls = last + 1 - len(head)
     if order == 3 and calls % 3 == 0:
         split = [3] * (calls // 3 - 1) + [2, 1]

@@ -203,6 +203,20 @@ def test_pure_noise_is_the_limit_of_nearly_pure_noise(name, process):
     assert np.isfinite(ends[0]).all()
 
 
+@pytest.mark.parametrize("name", FAMILY)
+def test_two_times_of_no_signal_are_as_good_as_one(name):
+    """A grid that lingers where alpha is lost beside sigma: first-order steps, finite, and the same end."""
+    times = np.linspace(0.999, 0, 5)
+    denoise = lambda x, t: np.tanh(x + t)  # noqa: E731
+    ends = [
+        run(name, RectifiedFlow(), [*start, *times], denoise, np.ones(3), lambda: np.ones(3))[-1].x
+        for start in ([1.0, 1 - 1e-9, 1 - 2e-9], [1.0])
+    ]
+    assert np.isfinite(ends).all()
+    if name in ("dpmpp_2m", "dpm_solver_2m", "deis", "unipc"):
+        np.testing.assert_allclose(*ends, rtol=1e-6)
+
+
 # Fresh noise
 
 
@@ -405,6 +419,13 @@ def test_options_that_do_not_exist_are_refused(name, options, message):
 def test_decisions_that_cannot_be_followed_are_refused(bad):
     with pytest.raises(PlanError, match="order 1 to 4"):
         Decision(**bad)
+
+
+def test_an_inversion_from_clean_data_itself_is_refused():
+    """Where there is no noise the network has nothing to say about it."""
+    for name in FAMILY:
+        with pytest.raises(PlanError, match="sigma 0|inversion"):
+            Plan.trace(SAMPLERS[name], EDM(), [0.0, 1.0, 2.0])
 
 
 def test_an_inversion_with_fresh_noise_is_refused():
