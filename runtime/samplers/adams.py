@@ -52,7 +52,8 @@ def ipndm(
 
     order  slopes in use, 1 to 4
 
-    One network call a step. Orders above 2 hold on grids even in c only; on others it is second order.
+    One network call a step. Orders above 2 hold on grids even in c only; on others it is second order. diffusers'
+    IPNDMScheduler divides by 1e-8 at its first time, where alpha is 0, and loses that prediction; this keeps it.
     """
     slopes: list[Array] = []
     for i, (here, there) in enumerate(pairwise(levels(process, times))):
@@ -88,6 +89,7 @@ def pndm(denoise: Denoise, process: Process, x: Array, times: Array, noise: Nois
 
     steps + 9 network calls. The Runge-Kutta steps ask for the middle in time, on a discrete model the nearest trained
     level; a step onto sigma 0 among the first three is Euler's. Fourth order on grids even in c, second on others.
+    diffusers takes the middle of an odd gap, and the state there, from two different roundings.
     """
     grid = levels(process, times)
     middle = (times[:3] + times[1:4]) / 2 if len(times) > 3 else (times[:-1] + times[1:]) / 2

@@ -18,7 +18,7 @@ GROWTH: dict[str, Callable[[Array], Array]] = {
 """phi(lam) / lam. "er" is the default of the authors' code <github.com/QinpengCui/ER-SDE-Solver>."""
 
 NODES = 16
-"""Of the Gauss-Legendre rule in log(lam): within 2e-14 of the integrals of every phi above, EDM in two steps included."""
+"""Of the Gauss-Legendre rule in log(lam): within 2e-14 for every phi above, even for EDM in two steps."""
 
 
 def er_sde(

@@ -49,7 +49,10 @@ def euler_churn(
     s_tmax: float = 50.0,
     s_noise: float = 1.003,
 ) -> Iterator[Step]:
-    """Euler steps, each after a little fresh noise: `heun_churn` without the correction, and with its options."""
+    """Euler steps, each after a little fresh noise: `heun_churn` without the correction, and with its options.
+
+    diffusers' Euler schedulers with s_churn call the network before they add the noise; this calls it after, as EDM.
+    """
     return _churn(euler_move, denoise, process, x, times, noise, (s_churn, s_tmin, s_tmax, s_noise))
 
 

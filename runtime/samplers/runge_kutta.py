@@ -17,7 +17,7 @@ def kdpm2(denoise: Denoise, process: Process, x: Array, times: Array, noise: Noi
     variables, as k-diffusion has it.
 
     Two network calls a step, one for a last step onto sigma 0. On a discrete model the middle falls between trained
-    levels.
+    levels; its timestep is interpolated in log alpha as everywhere here, in log sigma by diffusers.
     """
     c = frame(process, times)[1]
     middle = levels(process, frame_times(process, np.sqrt(np.where(c[1:] > 0, c[1:], c[:-1]) * c[:-1])))

@@ -180,6 +180,19 @@ def test_heavy_ball_is_the_recursion_of_its_directions():
     assert end(partial(hb, beta=beta), EDM(), times, np.array([1.7])) == pytest.approx(x, rel=1e-12)
 
 
+@pytest.mark.parametrize("steps", [10, 200])
+@pytest.mark.parametrize("name", ["hb", "ghvb", "sa_solver", "pndm"])
+def test_reading_directions_back_from_states_costs_no_digits_in_float32(name, steps):
+    table, start, denoise = plan(name, steps, SD15), np.linspace(-2, 2, 9), MIXTURE.denoiser(SD15)
+    ends = []
+    for kind in (np.float32, np.float64):
+        run = table.run(
+            lambda x, t: denoise(x, t).astype(x.dtype), start.astype(kind), lambda: np.ones(9, np.float32)
+        )
+        ends.append([step.x for step in run][-1])
+    np.testing.assert_allclose(*ends, atol=1e-5)
+
+
 @pytest.mark.parametrize("z", [1e-9, 1e-3, 0.5, 0.999, 1.0, 4.0, 60.0])
 def test_moments_of_the_exponential_kernel(z):
     node, weight = np.polynomial.legendre.leggauss(100)
@@ -190,12 +203,12 @@ def test_moments_of_the_exponential_kernel(z):
 
 def test_integrals_of_er_sde_have_their_closed_forms():
     high, low = np.array([80.0, 1.0, 0.3]), np.array([0.002, 0.9, 0.2999])
-    for lam in np.stack([high, low], axis=1):
-        a, b, h = *lam, lam[0] - lam[1]
-        first, second = _integrals(lam, GROWTH["ode"])
+    for a, b in zip(high, low, strict=True):
+        ends, h = np.array([a, b]), a - b
+        first, second = _integrals(ends, GROWTH["ode"])
         assert first[0] == pytest.approx(b * math.log(a / b) - h, rel=1e-9)
         assert second[0] == pytest.approx(b * h - a * b * math.log(a / b) + h**2 / 2, rel=1e-6)
-        first, second = _integrals(lam, GROWTH["sde"])
+        first, second = _integrals(ends, GROWTH["sde"])
         assert first[0] == pytest.approx(b * h / a - h, rel=1e-12)
         assert second[0] == pytest.approx(b**2 * math.log(a / b) - b * h + h**2 / 2, rel=1e-6)
 
