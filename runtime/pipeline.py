@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -18,7 +19,9 @@ from numpy.typing import ArrayLike
 from .backends import Session, open_session
 from .bundle import Bundle
 from .denoiser import Denoiser, network_inputs
+from .editing import from_image
 from .errors import BadInput, Cancelled, MissingExtra, PlanError
+from .given import bring, encode
 from .grids import Grid, at_resolution
 from .manifest import Manifest
 from .noise import Noise
@@ -120,6 +123,10 @@ class Pipeline:
         sampler: str | None = None,
         times: str | Grid | ArrayLike | None = None,
         plan: str | Plan | None = None,
+        image: Any = None,
+        strength: float | None = None,
+        mask_image: Any = None,
+        observation: Any = None,
         callback_on_step_end: Callback | None = None,
     ) -> Output:
         """Draw images; the arguments are diffusers' own.
@@ -129,6 +136,9 @@ class Pipeline:
         runtime; `times` may also be a function like those in GRIDS, or the times themselves); `plan` is one of the
         bundle's plans by name, or a Plan, in their stead. `latents` replaces the starting noise (standard normal,
         [n, channels, h, w]).
+        `image` (pictures, or clean samples [n, channels, h, w]) is noised as far as `strength` says and drawn from
+        there (0.8 unless said otherwise); with `mask_image`, light where to paint, the rest of it is kept (strength 1).
+        `observation` is what a restoration model is given, in the same forms.
         `callback_on_step_end(pipeline, index, timestep, {"latents": x})` is called after each step.
         Raises BadInput for arguments the bundle cannot serve, Cancelled after `interrupt`.
         """
@@ -147,6 +157,10 @@ class Pipeline:
             sampler=sampler,
             times=times,
             plan=plan,
+            image=image,
+            strength=strength,
+            mask_image=mask_image,
+            observation=observation,
         )
         while True:
             try:
@@ -174,14 +188,27 @@ class Pipeline:
         sampler: str | None = None,
         times: str | Grid | ArrayLike | None = None,
         plan: str | Plan | None = None,
+        image: Any = None,
+        strength: float | None = None,
+        mask_image: Any = None,
+        observation: Any = None,
     ) -> Generator[StepDone, None, Output]:
         """The same, step by step: yields after each step and returns the Output. Stop iterating to cancel."""
         begin = time.perf_counter()
         self._stop = False
+        if image is None:
+            _check(
+                strength is None and mask_image is None, "strength or mask_image without image", "an image"
+            )
+        else:
+            _check(plan is None, "a plan and an image", "one or the other")
+            strength = (0.8 if mask_image is None else 1.0) if strength is None else strength  # as diffusers
         table = (
             plan
             if isinstance(plan, Plan)
-            else self.plan(num_inference_steps, sampler, times, plan, height=height, width=width)
+            else self.plan(
+                num_inference_steps, sampler, times, plan, height=height, width=width, strength=strength
+            )
         )
         prompts, labels = self._subjects(prompt, class_labels, num_images_per_prompt)
         n = len(prompts or labels or range(num_images_per_prompt))
@@ -190,7 +217,7 @@ class Pipeline:
         _check(output_type in ("pil", "np", "latent"), f"output_type {output_type!r}", "pil, np or latent")
         streams = [Noise(seed + i) for i in range(n)]
         if latents is None:
-            latents = np.stack([stream.randn(shape) for stream in streams])
+            latents = _draw(streams, shape)
         latents = np.asarray(latents, dtype=np.float32)
         _check(latents.shape == (n, *shape), f"latents of shape {latents.shape}", str((n, *shape)))
 
@@ -200,16 +227,25 @@ class Pipeline:
         self._release("text_encoder")
         text_s = time.perf_counter() - text_start - (self._load_s - loaded)
 
+        brought = bring(image, mask_image, observation, n, shape, self.manifest.sample, self._encode_image)
+        self._release("vae_encoder")
         name = self.manifest.denoiser
-        session = self._open(name)
-        denoise = Denoiser(session, self.manifest.parts[name], condition, unconditional, scale)
+        session, part = self._open(name), self.manifest.parts[name]
+        for inputs in (condition, unconditional):
+            if (
+                inputs is not None
+                and brought.observation is not None
+                and "observation" in network_inputs(part)
+            ):
+                inputs["observation"] = brought.observation
+        denoise = Denoiser(session, part, condition, unconditional, scale, brought.observation)
         denoise_start = mark = time.perf_counter()
         timesteps = [call.timestep for call in table.calls if call.next is not None]
         step_s = []
         step = Step(0, latents, latents)
-        for step in table.run(
-            denoise, table.start(latents), lambda: np.stack([s.randn(shape) for s in streams])
-        ):
+        x, given = table.start(latents, brought.arrays), brought.arrays
+        noise = partial(_draw, streams, shape)
+        for step in table.run(brought.keep(denoise), x, noise, given):
             step_s.append(time.perf_counter() - mark)
             yield StepDone(step.index, table.states, timesteps[step.index], step.x, step.x0)
             if self._stop:
@@ -221,7 +257,8 @@ class Pipeline:
 
         loaded_2 = self._load_s
         decode_start = time.perf_counter()
-        images: Any = step.x if output_type == "latent" else self.decode(step.x)
+        x = brought.finish(step.x)
+        images: Any = x if output_type == "latent" else self.decode(x)
         if output_type == "pil":
             images = _to_pil(images)
         self._release("vae_decoder")
@@ -245,6 +282,7 @@ class Pipeline:
         *,
         height: int | None = None,
         width: int | None = None,
+        strength: float | None = None,
     ) -> Plan:
         """The plan a call with these arguments runs: one of the bundle's, or one traced for other steps or, where the
         model's grid depends on it, another size.
@@ -255,7 +293,7 @@ class Pipeline:
         if name is not None:
             if name not in plans:
                 raise PlanError.unknown("plan", name, plans)
-            if not (steps is None and sampler is None and times is None):
+            if not (steps is None and sampler is None and times is None and strength is None):
                 raise PlanError(
                     f"plan {name!r} and steps, sampler or times beside it", expected="one or the other"
                 )
@@ -266,6 +304,7 @@ class Pipeline:
         if (
             default
             and times is None
+            and strength is None
             and sampler in (None, default.sampler)
             and steps in (None, default.steps)
             and (own_size or grid.dynamic is None)
@@ -277,7 +316,8 @@ class Pipeline:
         if steps is None:
             named = times is None or isinstance(times, str) or callable(times)
             steps = (default.steps if default else 20) if named else len(np.asarray(times)) - 1
-        return make_plan(
+        traced = make_plan if strength is None else partial(from_image, strength=strength)
+        return traced(
             sampler or self.manifest.sampler,
             steps,
             process_from_json(self.manifest.process),
@@ -301,6 +341,16 @@ class Pipeline:
                 [session.run({feed: latent[i : i + 1]}, [out])[out] for i in range(len(latent))]
             )
         return np.clip(x0.transpose(0, 2, 3, 1).astype(np.float32) / 2 + 0.5, 0, 1)
+
+    def _encode_image(self, pixels: Array) -> Array:
+        """[n, 3, height, width] in -1..1 to clean samples."""
+        if "vae_decoder" not in self.manifest.parts:
+            return pixels
+        found, fix = "a picture for a bundle without a vae_encoder", "give clean samples [n, channels, h, w]"
+        _check("vae_encoder" in self.manifest.parts, found, "a bundle that has one", fix)
+        return encode(
+            self._open("vae_encoder"), self.manifest.parts["vae_encoder"], self.manifest.sample, pixels
+        )
 
     def interrupt(self) -> None:
         """Stop the running call after its current step (from a callback or another thread)."""
@@ -449,6 +499,10 @@ def _open_tokenizer(path: Any, spec: Any) -> Any:
         if error.name != "tokenizers":
             raise
         raise MissingExtra.of("tokenizers", "onnx") from None
+
+
+def _draw(streams: Sequence[Noise], shape: Sequence[int]) -> Array:
+    return np.stack([stream.randn(shape) for stream in streams])
 
 
 def _to_pil(images: Array) -> list[Any]:
