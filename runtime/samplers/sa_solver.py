@@ -64,6 +64,7 @@ def sa_solver(
         known = [j for j in sorted(past, reverse=True) if np.isfinite(lam[j])]
         if i > 0 and whole[i - 1] and corrector > 0:
             nodes = [i, *known][: min(corrector, steps - i + 2)]
+            # predictor and corrector share their start and noise: only the weights of predictions change
             change = dict(zip(nodes, alpha[i] * weights(i - 1, nodes), strict=True))
             for j in {*nodes, *used}:
                 x = x + (change.get(j, 0.0) - used.get(j, 0.0)) * (x0 if j == i else past[j])
