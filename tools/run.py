@@ -35,6 +35,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--times", metavar="GRID", help="time grid, for instance karras: see `fewstep samplers`"
     )
+    parser.add_argument("--plan", metavar="NAME", help="a plan of the bundle: see `fewstep show`")
     parser.add_argument("--guidance", type=float, metavar="SCALE", help="1 switches guidance off")
     parser.add_argument("-s", "--seed", type=int, default=0, help="of the first image; the next has seed + 1")
     parser.add_argument("--count", type=int, default=1, help="how many images")
@@ -68,6 +69,7 @@ def call(args: argparse.Namespace) -> Answer:
                 seed=args.seed + i,
                 sampler=args.sampler,
                 times=args.times,
+                plan=args.plan,
                 output_type="np",
             )
             output = _drawn(drawing, partial(_share, update, i, args.count))
@@ -99,7 +101,7 @@ def describe(pipeline: Pipeline, output: Any, args: argparse.Namespace, digest: 
         "steps": output.plan.steps,
         "sampler": output.plan.sampler,
         "times": args.times or "auto",
-        "plan": "default" if output.plan == pipeline.plan() else "traced",
+        "plan": args.plan or ("default" if output.plan == pipeline.plan() else "traced"),
         "guidance": manifest.guidance.scale if args.guidance is None else args.guidance,
         "height": height,
         "width": width,

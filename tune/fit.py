@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.errors import PlanError
+from ..runtime.errors import FewstepError
 from ..runtime.plan import Plan
 from ..runtime.process import Array, Process
 from ..runtime.process import lam as log_snr
@@ -74,6 +74,7 @@ class Fit:
 
 
 def begin(problem: Problem, at: Coordinates, vector: Array) -> Fit:
+    vector = at.project(vector)
     start = tuple(float(value) for value in vector)
     rmse = problem.score(at.plan(problem, vector), problem.held_out).rmse
     return Fit(start, best=start, held_out=rmse)
@@ -113,26 +114,27 @@ def winner(runners: Sequence[Fit]) -> Fit:
 def _round(problem: Problem, at: Coordinates, state: Fit, guides: Sequence[float]) -> Fit:
     guide, vector, damping = guides[state.stage], np.array(state.vector), state.damping
     gram, slope, before = normal_equations(problem, at, vector, guide)
-    scale = np.diag(gram) + 1e-12 * np.trace(gram)
+    scale = np.diag(gram) + 1e-12 * np.trace(gram) + 1e-30  # also where a parameter moves nothing
     for _ in range(12):  # quadrupled so often, the damping leaves no step worth taking
         step = np.linalg.solve(gram + damping * np.diag(scale), -slope)
-        after, plan = loss(problem, at, vector + step, guide)
+        moved = at.project(vector + step)
+        after, plan = loss(problem, at, moved, guide)
         if after < before:
             break
         damping *= 4
     else:
         return _next_stage(replace(state, loss=before), guides)
     assert plan is not None, "a plan without a table has no loss to be less"
-    vector = vector + step
-    moved = replace(
-        state, vector=tuple(vector.tolist()), damping=max(damping / 4, 1e-9), round=state.round + 1
+    state = replace(
+        state, vector=tuple(moved.tolist()), damping=max(damping / 4, 1e-9), round=state.round + 1
     )
-    ended = after > (1 - TOLERANCE) * before or moved.round >= ROUNDS
+    ended = after > (1 - TOLERANCE) * before or state.round >= ROUNDS
     rmse = problem.score(plan, problem.held_out).rmse
     fitted = problem.score(plan, problem.fitted).rmse
-    best, held_out = (moved.vector, rmse) if rmse < state.held_out else (state.best, state.held_out)
-    moved = replace(moved, best=best, held_out=held_out, fitted=fitted, loss=after)
-    return _next_stage(moved, guides) if ended else moved
+    if rmse < state.held_out:
+        state = replace(state, best=state.vector, held_out=rmse)
+    state = replace(state, fitted=fitted, loss=after)
+    return _next_stage(state, guides) if ended else state
 
 
 def _next_stage(state: Fit, guides: Sequence[float]) -> Fit:
@@ -142,17 +144,18 @@ def _next_stage(state: Fit, guides: Sequence[float]) -> Fit:
 
 
 def loss(problem: Problem, at: Coordinates, vector: Array, guide: float) -> tuple[float, Plan | None]:
-    """What is minimised, and the plan; infinite for a vector whose times are out of order."""
+    """What is minimised, and the plan; infinite where times are out of order or a state leaves the numbers."""
+    which, total = problem.fitted, 0.0
     try:
         plan = at.plan(problem, vector)
-    except PlanError:
+        times, _ = at.decode(vector)
+        for begin in range(0, len(which), problem.batch):
+            part = which[begin : begin + problem.batch]
+            for step in problem.run(plan, part):
+                residual = _residual(problem, step.x, times, step.index + 1, part, guide)
+                total += float(np.sum(np.square(residual, dtype=np.float64)))
+    except FewstepError:
         return np.inf, None
-    times, _ = at.decode(vector)
-    which, total = problem.fitted, 0.0
-    for begin in range(0, len(which), problem.batch):
-        part = which[begin : begin + problem.batch]
-        for step in problem.run(plan, part):
-            total += float(np.sum(np.square(_residual(problem, step.x, times, step.index + 1, part, guide))))
     return total, plan
 
 
@@ -200,12 +203,14 @@ def difference_steps(problem: Problem, at: Coordinates, vector: Array) -> Array:
     cleanest may stand at its limit; with whole timesteps, by whole levels."""
     double = problem.starts.dtype == np.float64
     steps = np.full(at.size, 1e-6 if double else 1e-2)
-    steps[: at.calls - 1] *= -1
-    if problem.whole_timesteps:
-        times, _ = at.decode(vector)
-        for k, (earlier, t) in enumerate(pairwise(times[:-1])):
-            moved = t + (2.0 if earlier - t > 2 else (earlier - t) / 2)
+    times, _ = at.decode(vector)
+    for k, (earlier, t) in enumerate(pairwise(times[:-1])):
+        if problem.whole_timesteps:
+            moved = t + min(2.0, (earlier - t) / 2)
             steps[k] = float(log_snr(at.process, moved)) - float(log_snr(at.process, t))
+        else:
+            gap = float(log_snr(at.process, t)) - float(log_snr(at.process, earlier))
+            steps[k] = -min(steps[k], gap / 2)
     return steps
 
 

@@ -79,7 +79,7 @@ class Coordinates:
 
     def decode(self, vector: Array) -> tuple[Array, Array]:
         """times [calls + 1] and weights [calls, calls]. Raises PlanError for times out of order."""
-        inner = self.process.t_of_lam(self._within(vector[: self.calls - 1]))
+        inner = self.process.t_of_lam(self.project(vector)[: self.calls - 1])
         times = np.concatenate([[self.process.t_max], inner, [self.end]])
         if not np.all(np.diff(times) < 0):
             raise PlanError("a learned plan whose times are out of order")
@@ -89,10 +89,13 @@ class Coordinates:
         np.fill_diagonal(shares, 1 - shares.sum(axis=1))
         return times, shares * row_sums(self.process, times)[:, None]
 
-    def _within(self, inner: Array) -> Array:
-        """Log-SNRs kept below the cleanest one a network is asked about, so that a step may run along that limit."""
+    def project(self, vector: Array) -> Array:
+        """The nearest vector with all times below the cleanest one a network is asked about, so that a step may run
+        along that limit."""
         last = float(log_snr(self.process, t_min(self.process)))
-        return np.asarray(np.minimum(inner, last - MIN_GAP * np.arange(len(inner))[::-1]))
+        inner = vector[: self.calls - 1]
+        inner = np.minimum(inner, last - MIN_GAP * np.arange(len(inner))[::-1])
+        return np.concatenate([inner, vector[self.calls - 1 :]])
 
     def encode(self, times: Array, weights: Array) -> Array:
         """The vector of a table; what lies beyond `history` is dropped."""
