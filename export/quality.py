@@ -65,9 +65,9 @@ def cosine_distance(a: Array, b: Array) -> Array:
     """1 - cos of the angle, pair by pair. [n, features] twice -> [n]; 0 means the same direction, 2 the opposite."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     size = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    # two zero vectors are equal, a zero vector and another one share no direction
-    cos = np.divide(np.sum(a * b, axis=1), size, out=np.where((a == b).all(axis=1), 1.0, 0.0), where=size > 0)
-    return np.asarray(1 - np.clip(cos, -1, 1))
+    # a zero vector shares no direction with any but its like
+    cos = np.divide(np.sum(a * b, axis=1), size, out=np.zeros(len(a)), where=size > 0)
+    return np.where((a == b).all(axis=1), 0.0, 1 - np.clip(cos, -1, 1))
 
 
 def frechet_gaussian(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -> float:

@@ -23,25 +23,22 @@ from ..runtime.manifest import Manifest
 from ..runtime.pipeline import Pipeline
 from ..runtime.plan import Plan
 from .console import human_seconds, needs
+from .subjects import Subject
 
-__all__ = ["Artist", "How", "Pair", "Picture", "Subject", "Tick", "check_alike", "open_artist", "pairs"]
+__all__ = [
+    "Artist",
+    "How",
+    "Pair",
+    "Picture",
+    "Subject",
+    "Tick",
+    "check_alike",
+    "open_artist",
+    "pairs",
+    "same_path",
+]
 
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What one picture shows, and the seed of its noise."""
-
-    seed: int
-    prompt: str | None = None
-    label: int | None = None
-
-    @property
-    def caption(self) -> str:
-        if self.prompt is not None:
-            return self.prompt
-        return f"seed {self.seed}" if self.label is None else f"class {self.label}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -218,13 +215,23 @@ def check_alike(reference: Artist, candidate: Artist, how: How) -> None:
             )
 
 
+def same_plan(a: Artist, b: Artist) -> bool:
+    """Whether step by step both are at the same noise level."""
+    return (a.plan.init, a.plan.calls) == (b.plan.init, b.plan.calls)
+
+
+def same_path(a: Artist, b: Artist) -> bool:
+    """Whether equal network outputs would take both through equal states."""
+    return same_plan(a, b) and a.guidance == b.guidance
+
+
 def pairs(
     reference: Artist, candidates: Sequence[Artist], subjects: Sequence[Subject], how: How
 ) -> Iterator[Tick]:
     """Draw every subject by all of them and compare; a tick a network step, and one with each finished Pair."""
     size = (how.height or reference.manifest.sample.height, how.width or reference.manifest.sample.width)
-    same = [(c.plan.init, c.plan.calls) == (reference.plan.init, reference.plan.calls) for c in candidates]
-    led = [alike and c.guidance == reference.guidance for alike, c in zip(same, candidates, strict=True)]
+    same = [same_plan(reference, c) for c in candidates]
+    led = [same_path(reference, c) for c in candidates]
     steps = sum(c.plan.states * (1 + leads) for c, leads in zip(candidates, led, strict=True))
     clock = _Clock(len(subjects) * (reference.plan.states + steps))
     for number, subject in enumerate(subjects):
