@@ -19,11 +19,21 @@ __all__ = ["plan_of", "traced_sampler"]
 
 TRACED: Mapping[str, str] = {
     "DDIMScheduler": "ddim",
+    "DDPMScheduler": "ddpm",
+    "PNDMScheduler": "plms",
     "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
     "FlowMatchEulerDiscreteScheduler": "euler",
     "HeunDiscreteScheduler": "heun",
+    "KDPM2DiscreteScheduler": "kdpm2",
+    "KDPM2AncestralDiscreteScheduler": "kdpm2_ancestral",
+    "LMSDiscreteScheduler": "lms",
+    "DEISMultistepScheduler": "deis",
     "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "DPMSolverSinglestepScheduler": "dpmpp_2s",
+    "UniPCMultistepScheduler": "unipc",
     "LCMScheduler": "lcm",
+    "TCDScheduler": "tcd",
 }
 """The scheduler of a checkpoint -> the sampler traced when a run asks for another number of steps."""
 

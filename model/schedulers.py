@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ def prediction_of(scheduler: Any) -> str:
 
 def grid_of(scheduler: Any) -> GridSpec:
     """How the scheduler spaces its times, for samplers traced at run time."""
-    config, name = scheduler.config, type(scheduler).__name__
+    config, name = _own_config(scheduler), type(scheduler).__name__
     multistep = is_multistep(scheduler)
     final = "first" if config.get("set_alpha_to_one") is False else "clean"
     if config.get("final_sigmas_type") == "sigma_min" or name.startswith(
@@ -84,7 +85,7 @@ def grid_of(scheduler: Any) -> GridSpec:
     over_levels = next((grid for grid, used in levels.items() if used), "")
     even = _even_spacing(scheduler)
     spacing = over_levels or even
-    below = 1 - 1 / config.num_train_timesteps if flow and spacing == "trailing" else None
+    below = 1 - 1 / config["num_train_timesteps"] if flow and spacing == "trailing" else None
     return GridSpec(
         spacing=spacing,
         steps_offset=int(config.get("steps_offset", 0)),
@@ -100,6 +101,12 @@ def grid_of(scheduler: Any) -> GridSpec:
     )
 
 
+def _own_config(scheduler: Any) -> dict[str, Any]:
+    """The options a scheduler reads. diffusers keeps those of other schedulers in its config as well."""
+    read = inspect.signature(type(scheduler).__init__).parameters
+    return {key: value for key, value in scheduler.config.items() if key in read}
+
+
 def _even_spacing(scheduler: Any) -> str:
     """The grid that a scheduler's timestep_spacing means: each family of diffusers' schedulers has its own."""
     name, multistep = type(scheduler).__name__, is_multistep(scheduler)
@@ -108,7 +115,7 @@ def _even_spacing(scheduler: Any) -> str:
         return "linspace_open" if name.startswith("UniPC") else "trailing" if multistep else "linspace"
     if name.startswith(("LCM", "TCD")):
         return "lcm"
-    spacing = str(scheduler.config.get("timestep_spacing", "linspace" if multistep else "leading"))
+    spacing = str(_own_config(scheduler).get("timestep_spacing", "linspace" if multistep else "leading"))
     if multistep and spacing != "trailing":
         return f"{spacing}_open"
     if spacing == "linspace" and name.startswith(("DDIM", "DDPM", "PNDM")):
@@ -121,7 +128,8 @@ def is_multistep(scheduler: Any) -> bool:
 
 
 def is_flow(scheduler: Any) -> bool:
-    return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
+    name = type(scheduler).__name__
+    return name.startswith("FlowMatch") or bool(_own_config(scheduler).get("use_flow_sigmas"))
 
 
 def _dynamic_shift(config: Any) -> DynamicShift:

@@ -436,6 +436,19 @@ def test_levels_of_edm_are_diffusers(name, spacing):
         np.testing.assert_allclose(times, scheduler.sigmas.double().numpy(), rtol=3e-6)
 
 
+def test_options_that_a_scheduler_does_not_read_are_not_its_grid():
+    """diffusers keeps the whole of another scheduler's config when one is made from it."""
+    for name, spacing in [
+        ("DDIM", "leading"),
+        ("EulerAncestralDiscrete", "leading"),
+        ("DPMSolverSinglestep", "karras"),
+    ]:
+        config = {"timestep_spacing": "leading", "use_karras_sigmas": True, "use_flow_sigmas": name == "DDIM"}
+        scheduler, _ = built(name, **config)
+        assert grid_of(scheduler).spacing == spacing
+        assert isinstance(process_of(scheduler), DiscreteVP)
+
+
 # what is refused
 
 
