@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model import Context, Model, Pass, load
+from ..model.families import with_image_encoder
 from ..model.load import Summary, summarize
 from ..runtime.bundle import Bundle, BundleWriter
 from ..runtime.errors import BadInput
@@ -62,6 +63,7 @@ def export_bundle(
     config: Path | None = None,
     optimize: bool = True,
     measure_speed: bool = True,
+    image_input: bool = False,
 ) -> Iterator[Progress | Exported]:
     """Make a bundle of a model for a target; yields what it does and, at the end, Exported.
 
@@ -75,6 +77,7 @@ def export_bundle(
     config          for a single .safetensors file: a diffusers folder of its family
     optimize        False: the graphs are what torch.onnx.export writes by itself, for comparison
     measure_speed   compare every part's speed with the un-optimized export's
+    image_input     with the VAE's encoder, so that the bundle takes pictures to start from
     Nothing appears at `out` before everything passed, whatever happens. Raises BadInput and its kinds for what the
     caller can mend, GateFailed where the graphs are not close enough to the original.
     """
@@ -112,6 +115,8 @@ def export_bundle(
                 else load(source, allow_download=allow_download, config=config)
             )
             clock.lap("load")
+            if image_input:
+                model = with_image_encoder(model)
             model = _passes(model, Context(device, work))
             if times is not None:
                 model = replace(model, grid=replace(model.grid, spacing=times))

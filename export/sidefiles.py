@@ -19,6 +19,7 @@ LIBRARY_CLASSES: Mapping[str, tuple[str, str]] = {
     "unet": ("diffusers", "OnnxRuntimeModel"),
     "transformer": ("diffusers", "OnnxRuntimeModel"),
     "vae_decoder": ("diffusers", "OnnxRuntimeModel"),
+    "vae_encoder": ("diffusers", "OnnxRuntimeModel"),
     "text_encoder": ("diffusers", "OnnxRuntimeModel"),
 }
 """How diffusers' own ONNX export and optimum name a part in model_index.json."""

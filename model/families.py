@@ -6,15 +6,16 @@ A new family is an entry of FAMILIES: which components it needs, how its pipelin
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..runtime.errors import CheckpointError
 from ..runtime.manifest import GuidanceSpec, SampleSpec, TensorSpec
 from .model import Example, Model, Part, TokenizerFiles
 from .schedulers import grid_of, prediction_of, process_of
 
-__all__ = ["FAMILIES", "Family", "from_pipeline"]
+__all__ = ["FAMILIES", "Family", "from_pipeline", "with_image_encoder"]
 
 GUIDANCE_SD = 7.5
 """diffusers' default: StableDiffusionPipeline.__call__(guidance_scale=7.5)."""
@@ -159,6 +160,36 @@ def _decoder(vae: Any, sample: SampleSpec) -> Part:
         Example({"batch": (2, 3)} | _other_sizes(latent, sample.multiple // sample.factor)),
         _config(vae),
     )
+
+
+def with_image_encoder(model: Model) -> Model:
+    """The model with its VAE's encoder as one more part, so that its bundle takes pictures to start from.
+
+    Raises CheckpointError for a model without a VAE that has one.
+    """
+    from .wrappers import Encoder
+
+    vae, sample = getattr(model.original, "vae", None), model.sample
+    if getattr(vae, "encoder", None) is None:
+        raise CheckpointError(
+            f"{model.name} has no VAE with an encoder", expected="a latent diffusion checkpoint"
+        )
+    latent = (sample.height // sample.factor, sample.width // sample.factor)
+    sizes = _other_sizes(latent, sample.multiple // sample.factor)
+    pixels = {axis: (own * sample.factor, other * sample.factor) for axis, (own, other) in sizes.items()}
+    part = Part(
+        "vae_encoder",
+        Encoder(vae),
+        (TensorSpec("sample", "float32", ("batch", vae.config.in_channels, "height", "width")),),
+        (
+            TensorSpec(
+                "latent_sample", "float32", ("batch", vae.config.latent_channels, "out_height", "out_width")
+            ),
+        ),
+        Example({"batch": (2, 3)} | pixels),
+        _config(vae),
+    )
+    return replace(model, parts={**model.parts, part.name: part})
 
 
 def _text_encoder(pipeline: Any) -> Part:

@@ -65,6 +65,20 @@ class Decoder(torch.nn.Module):  # type: ignore[misc]
         return self.decoder(latent_sample)
 
 
+class Encoder(torch.nn.Module):  # type: ignore[misc]
+    """Image in [-1, 1] -> the mean of its latents, [batch, channels, height / factor, width / factor]."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.encoder, self.quant_conv = vae.encoder, getattr(vae, "quant_conv", None)
+
+    def forward(self, sample: Tensor) -> Tensor:
+        moments = self.encoder(sample)
+        if self.quant_conv is not None:
+            moments = self.quant_conv(moments)
+        return moments.chunk(2, dim=1)[0]
+
+
 class TextEncoder(torch.nn.Module):  # type: ignore[misc]
     """input_ids [batch, length] int64 -> last_hidden_state [batch, length, width], pooler_output [batch, width]."""
 

@@ -151,7 +151,7 @@ class Manifest:
     """text-to-image, class-conditional or unconditional."""
     process: JSON
     prediction: str
-    """epsilon, v_prediction, sample or flow: what the denoiser's output means."""
+    """What the denoiser's output means: one of PREDICTIONS; plan.x0_conversion has their formulas."""
     denoiser: str
     """The part that denoises: unet or transformer."""
     parts: Mapping[str, PartSpec]
@@ -214,7 +214,7 @@ class Manifest:
 
 
 TASKS = ("text-to-image", "class-conditional", "unconditional")
-PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
+PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow", "score", "residual", "resnoise")
 SPACINGS = (
     *("auto", "trailing", "leading", "leading_open", "linspace", "linspace_levels", "linspace_open"),
     *("sgm_uniform", "quadratic", "shifted", "karras", "exponential", "beta", "logsnr", "lu", "arctan"),

@@ -32,6 +32,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="for a single .safetensors file: a diffusers folder of its family",
     )
+    parser.add_argument(
+        "--image-input", action="store_true", help="with the VAE's encoder: start from pictures"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is already there")
     parser.add_argument("--download", action="store_true", help="allow fetching a hub id")
     parser.add_argument("--no-speed", action="store_true", help="do not compare with the un-optimized export")
@@ -55,6 +58,7 @@ def call(args: argparse.Namespace) -> Answer:
         allow_download=args.download,
         config=args.config,
         measure_speed=not args.no_speed,
+        image_input=args.image_input,
     )
     seen = watch(events, "export", describe)
     done = seen[-1]
