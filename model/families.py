@@ -170,7 +170,7 @@ def with_image_encoder(model: Model) -> Model:
     from .wrappers import Encoder
 
     vae, sample = getattr(model.original, "vae", None), model.sample
-    if getattr(vae, "encoder", None) is None:
+    if vae is None or getattr(vae, "encoder", None) is None:
         raise CheckpointError(
             f"{model.name} has no VAE with an encoder", expected="a latent diffusion checkpoint"
         )
