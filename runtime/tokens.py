@@ -33,8 +33,8 @@ __all__ = [
     "first_hitting",
     "in_blocks",
     "remdm",
+    "remdm_loop",
 ]
-__all__ += ["remdm_loop"]
 
 TokenDenoise = Callable[[Tokens, Array], Array]
 
@@ -100,16 +100,12 @@ class TokenPlan:
                 p = _predict(denoise, tokens, np.full(len(tokens), row.t), mask, top_p, temperature)
                 calls += 1
             if isinstance(process, Masked):
-                a_t, a_s = (
-                    (row.hold,) * 2 if row.hold is not None else map(float, process.alpha([row.t, row.s]))
-                )
+                a_t, a_s = process.alpha([row.t, row.s]) if row.hold is None else (row.hold, row.hold)
                 hidden, sigma = tokens == mask, np.full(tokens.shape, row.remask)
                 if self.confidence:
                     weight = np.where(free & ~hidden, np.exp(-sure), 0.0)
                     sigma *= weight / np.maximum(weight.sum(1, keepdims=True), 1e-300)
-                shown = (
-                    (a_s - (1 - sigma) * a_t) / (1 - a_t) * row.scale if a_s < 1 else np.ones(tokens.shape)
-                )
+                shown = (a_s - (1 - sigma) * a_t) / (1 - a_t) * row.scale + (a_s == 1)  # the last shows all
                 reveal, hide = hidden & (move < shown), free & ~hidden & (move < sigma)
                 changed = bool(reveal.any() or hide.any())
                 tokens = np.where(hide, process.mask, tokens)
@@ -142,9 +138,7 @@ class TokenPlan:
             process = {**data["process"]}
             made: Any = kinds[process.pop("kind")](**process)
             rows = tuple(Row(**row) for row in data["rows"])
-            need(
-                set(data) == {"process", "rows", "confidence"}, f"{sorted(data)}", "process, rows, confidence"
-            )
+            need(len(data) == 3, f"a token plan with {sorted(data)}", "process, rows and confidence")
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, BadInput):
                 raise
@@ -153,14 +147,10 @@ class TokenPlan:
             numbers = [v for f in fields(row) if (v := getattr(row, f.name)) is not None or f.name != "hold"]
             good = all(type(v) in (int, float) and math.isfinite(v) for v in numbers)
             good = good and 0 <= row.s < row.t <= made.t_max and 0 <= row.remask <= 1 and row.scale >= 0
-            need(
-                good and (row.hold is None or 0 < row.hold < 1), f"row {k}: {row}", "probabilities, t above s"
-            )
-        need(
-            1 <= len(rows) <= MAX_ROWS and type(data["confidence"]) is bool,
-            "a token plan",
-            "rows and confidence",
-        )
+            good = good and (row.hold is None or 0 < row.hold < 1)
+            need(good, f"row {k} of a token plan: {row}", "probabilities, and t above s")
+        good = 1 <= len(rows) <= MAX_ROWS and type(data["confidence"]) is bool
+        need(good, f"a token plan of {len(rows)} rows", f"1 to {MAX_ROWS} rows, confidence true or false")
         return cls(made, rows, data["confidence"])
 
 

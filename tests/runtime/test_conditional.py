@@ -324,6 +324,24 @@ def test_mr_sampler_is_the_generic_solver_with_the_mean_taken_off():
         same(step.x + process.gamma(times[k + 1]) * Y, x)
 
 
+def test_mr_samplers_second_order_sde_is_the_generic_one_too():
+    """x' = s'/s e^-h x + a' (1 - e^-2h) q0 + a' (1 - (1 - e^-2h)/(2h)) D1 + noise + y (...), D1 = (q0 - q1)/r."""
+    process, times = MeanReverting(), np.array([100.0, 80, 60, 40, 20])
+    alpha, sigma = process.alpha(times), process.sigma(times)
+    h, q, z = np.diff(lam(process, times)), RNG.standard_normal((4, 2, 3)), RNG.standard_normal((4, 2, 3))
+    given, noises = iter(q), iter(z)
+    sampler = partial(SAMPLERS["dpmpp_2m_sde"], solver_type="heun", lower_order_final=False)
+    x, u = X, X - process.gamma(100.0) * Y
+    table = Plan.trace(sampler, process, times)
+    for k, step in enumerate(table.run(lambda x, t: next(given), u, lambda: next(noises), [Y])):
+        a, a_n, s, s_n = alpha[k], alpha[k + 1], sigma[k], sigma[k + 1]
+        gone = 1 - np.exp(-2 * h[k])
+        d1 = (q[k] - q[k - 1]) * h[k] / h[k - 1] if k else 0.0
+        mean = s_n / s * np.exp(-h[k]) * x + a_n * gone * q[k] + a_n * (1 - gone / (2 * h[k])) * d1
+        x = mean + Y * (1 - a_n / a * (1 - gone) - a_n * gone) + s_n * np.sqrt(gone) * z[k]
+        same(step.x + process.gamma(times[k + 1]) * Y, x)
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_bridge_steps_are_the_published_ode_and_sde(eta):
     process = SchroedingerBridge()
@@ -331,7 +349,7 @@ def test_bridge_steps_are_the_published_ode_and_sde(eta):
     for t, s, move in moves(partial(ddim, eta=eta), process, times):
         v = [0.01 * r + (50 - 0.01) * r**2 / 2 for r in (t, s, 1.0)]
         s_t, s_s = np.sqrt(v[:2])
-        bar_t, bar_s = np.sqrt(v[2] - v[0]), np.sqrt(v[2] - v[1])
+        bar_t, bar_s = (np.sqrt((1 - r) * (0.01 + (50 - 0.01) * (1 + r) / 2)) for r in (t, s))  # v(1) - v(r)
         if eta == 0:
             expected = (
                 s_s * bar_s / (s_t * bar_t) * X
@@ -340,9 +358,7 @@ def test_bridge_steps_are_the_published_ode_and_sde(eta):
             )
         else:
             expected = v[1] / v[0] * X + (1 - v[1] / v[0]) * X0 + s_s * np.sqrt(1 - v[1] / v[0]) * Z
-        np.testing.assert_allclose(
-            move(X, X0, Y, Z), expected, rtol=1e-9, atol=1e-9
-        )  # bar_t^2 loses 4 digits at 1
+        same(move(X, X0, Y, Z), expected)
 
 
 # stochastic samplers keep the marginals
