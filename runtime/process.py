@@ -211,8 +211,11 @@ def process_from_json(data: Mapping[str, Any]) -> Process:
         raise BadInput(f"a process that is a {type(data).__name__}", expected="its kind and fields")
     kind, fields = data.get("kind"), {key: value for key, value in data.items() if key != "kind"}
     for name, value in fields.items():
-        if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
-            raise BadInput(f"process {kind!r}: {name} is {value!r}", expected="a finite number")
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number and name not in ("beta_schedule", "betas", "base"):
+            raise BadInput(f"process {kind!r}: {name} is {value!r}"[:200], expected="a finite number")
+        if kind in ("edm", "rectified_flow") and value <= 0:
+            raise BadInput(f"process {kind!r}: {name} is {value!r}", expected="a number above 0")
     try:
         match kind:
             case "discrete_vp" if "betas" in fields:

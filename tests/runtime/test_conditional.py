@@ -453,3 +453,21 @@ def test_a_missing_field_is_refused():
         for name in set(process.to_json()) - {"kind"}:
             with pytest.raises(BadInput):
                 process_from_json({k: v for k, v in process.to_json().items() if k != name})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"kind": "edm", "sigma_max": "80"},
+        {"kind": "edm", "sigma_max": -1.0},
+        {"kind": "rectified_flow", "timestep_scale": float("nan")},
+        {"kind": "rectified_flow", "timestep_scale": True},
+        {"kind": "discrete_vp", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "levels": "9"},
+        {"kind": ["edm"]},
+        [],
+        None,
+    ],
+)
+def test_damaged_ordinary_processes_are_refused(data):
+    with pytest.raises(BadInput):
+        process_from_json(data)
