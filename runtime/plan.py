@@ -23,7 +23,7 @@ from .errors import FewstepError, NotLinear, PlanError
 from .linear import Linear, Terms
 from .manifest import GridSpec
 from .policy import Policy, predict
-from .process import Array, Process, observed
+from .process import Array, DiscreteVP, Process, observed
 from .samplers import SAMPLERS, Denoise, Sampler, Step
 from .times import Grid, check_steps, check_times, make_times
 
@@ -333,7 +333,8 @@ def choose(
             raise PlanError.unknown("sampler", sampler, SAMPLERS)
         sampler = SAMPLERS[sampler]
     if isinstance(times, str) or callable(times):
-        spacing = name if times == "auto" and name in ("lcm", "tcd") else times
+        distilled = times == "auto" and name in ("lcm", "tcd") and isinstance(process, DiscreteVP)
+        spacing = name if distilled else times
         if grid.final == "first" and not name.startswith(("ddim", "pndm", "plms")):
             grid = replace(grid, final="clean")  # set_alpha_to_one is read by these alone
         times = make_times(spacing, steps, process, grid)

@@ -115,6 +115,7 @@ def parameters(record: dict[str, Any]) -> str:
     fields = {
         "Steps": record["steps"],
         "Sampler": record["sampler"],
+        **({"Schedule type": record["times"]} if record["times"] != "auto" else {}),
         "CFG scale": f"{record['guidance']:g}",
         "Seed": record["seed"],
         "Size": f"{record['width']}x{record['height']}",

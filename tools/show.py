@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def _bundle(path: Path) -> Answer:
         "path": str(path),
         **_common(manifest),
         "sampler": manifest.sampler,
+        "grid": asdict(manifest.grid),
         "target": dict(manifest.target),
         "parts": parts,
         "plans": plans,
@@ -74,7 +76,13 @@ def _bundle(path: Path) -> Answer:
     cells = [(p["part"], p["engine"], p["precision"], human_bytes(p["bytes"])) for p in parts]
     tensors = [f"{p['part']}: {', '.join(p['inputs'])} -> {', '.join(p['outputs'])}" for p in parts]
     target = manifest.target.get("id") or "none named"
-    head = [*_head(data), ("target", target), ("licence", manifest.license or "not stated")]
+    traced = f"{manifest.sampler} on the {manifest.grid.spacing} grid"
+    head = [
+        *_head(data),
+        ("other steps", traced),
+        ("target", target),
+        ("licence", manifest.license or "not stated"),
+    ]
     sections = [
         table([*head, ("on disk", f"{human_bytes(data['bytes'])} in {data['files']} files")]),
         table(cells, ("part", "engine", "precision", "on disk")),

@@ -261,6 +261,12 @@ def test_a_plan_takes_a_name_a_function_or_the_times_themselves():
     )
 
 
+def test_samplers_of_distilled_models_take_their_grid_where_there_is_one():
+    for sampler in ("lcm", "tcd"):
+        assert [call.timestep for call in plan(sampler, 4, SD15).calls] == [999, 759, 499, 259]
+        assert plan(sampler, 4, SD15, "trailing").calls[1].timestep == 749
+
+
 def test_the_end_is_clean_or_the_first_level():
     clean, ddim_only, all_of_them = (GridSpec(final=final) for final in ("clean", "first", "sigma_min"))
     for sampler, spec, end in [

@@ -188,6 +188,7 @@ def test_a_grid_by_name_is_the_pipeline_s_and_is_written_down(draw, text_bundle,
         assert pipeline.plan(3, times="karras").calls[1].t not in (334.0, 667.0)  # not the bundle's own grid
     assert np.array_equal(pixels, np.asarray(expected))
     assert json.loads(text["fewstep"])["times"] == "karras"
+    assert ", Schedule type: karras, " in text["parameters"]
 
 
 def test_a_pipeline_takes_a_grid_as_a_function_and_as_times(text_bundle):
