@@ -51,7 +51,7 @@ METRICS = {
     "ssim": Metric("picture SSIM"),
     "latent_psnr_db": Metric("latent PSNR", "dB"),
     "latent_sqnr_db": Metric("latent SQNR, own trajectory", "dB"),
-    "network_sqnr_db": Metric("network SQNR, worst call of the reference's trajectory", "dB"),
+    "network_sqnr_db": Metric("network SQNR, worst call", "dB"),
     "feature_distance": Metric("feature distance (cosine)", more_is_better=False, needs="features"),
     "frechet_distance": Metric("Frechet distance of features", more_is_better=False, needs="features"),
     "retrieval_top1": Metric("prompt retrieved first", "%", needs="scorer"),

@@ -40,14 +40,11 @@ def render(report: Mapping[str, Any], worst: Mapping[str, Sequence[Pair]]) -> st
 def _head(report: Mapping[str, Any]) -> str:
     first, reference, n = report["candidates"][0], report["reference"], len(report["subjects"])
     got = first["metrics"]["image_psnr_db"]["value"]
-    verdict = (
-        "the very pictures"
-        if got >= MAX_DB
-        else f"pictures {shown('image_psnr_db', got, unit=True)} away from those"
-    )
-    lead = (
-        f"<b>{escape(first['label'])}</b> draws {verdict} of {escape(reference['label'])}: the median of {n}."
-    )
+    mine, theirs = escape(first["label"]), escape(reference["label"])
+    psnr = shown("image_psnr_db", got, unit=True)
+    lead = f"<b>{mine}</b> against {theirs}: a picture PSNR of {psnr}, the median of {n}."
+    if got >= MAX_DB:
+        lead = f"<b>{mine}</b> draws the very pictures of {theirs}."
     return (
         f'<p class="soft small">fewstep compare</p><h1>{escape(first["name"])}</h1><p class="lead">{lead}</p>'
         f'<p class="soft small">same prompts, same seeds; {escape(report["created"])}</p>'
@@ -92,7 +89,7 @@ def _numbers(report: Mapping[str, Any]) -> str:
     header = ("candidate", "what", "median or value", "95 % interval", "middle half", "worst")
     text = (
         "Medians over pictures with their exact intervals; shares with Wilson's, the Frechet distance with a "
-        "bootstrap's. It falls with the number of pictures: compare only what was drawn as often."
+        "bootstrap's. A Frechet distance falls as pictures are added: set it only beside one of as many."
     )
     return section(
         "Against " + escape(report["reference"]["label"]), text, html_table(header, rows, numbers=4)
