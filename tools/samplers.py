@@ -108,7 +108,7 @@ def _listing() -> Answer:
             }
         )
     grids = [
-        {"name": n, "what": (inspect.getdoc(g) or "").split("\n\n")[0].replace("\n", " ")}
+        {"name": n, "what": (inspect.getdoc(getattr(g, "func", g)) or "").split("\n\n")[0].replace("\n", " ")}
         for n, g in GRIDS.items()
     ]
     first = table(
