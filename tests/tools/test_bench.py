@@ -211,3 +211,18 @@ def test_plots_place_values_in_per_cent_of_the_axis():
     assert widths[1] == pytest.approx(3 * widths[0], abs=0.02)
     assert strips([("a", [])], "ms").count("<circle") == 0
     assert strips([("a", [1.0, 2.0])], "ms").count("<circle") == 2
+
+
+def test_a_grid_and_a_sampler_by_name_are_measured_and_written_down(text_bundle, tmp_path):
+    line = ["bench", text_bundle, "--steps", 2, "--runs", 1, "--cold-runs", 1, "-o", tmp_path / "report"]
+    assert cli.main([str(word) for word in [*line, "--sampler", "euler", "--times", "karras"]]) == 0
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    assert [report["job"][key] for key in ("steps", "sampler", "times")] == [2, "euler", "karras"]
+    assert (report["bundles"][0]["sampler"], report["bundles"][0]["times"]) == ("euler", "karras")
+
+
+def test_an_unknown_grid_names_the_nearest(text_bundle, capsys):
+    assert cli.main(["bench", str(text_bundle), "--times", "karas"]) == 2
+    err = capsys.readouterr().err
+    assert "did you mean karras" in err
+    assert "Traceback" not in err
