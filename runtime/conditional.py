@@ -284,14 +284,15 @@ def conditional_from_json(kind: str, data: Mapping[str, Any]) -> Process:
 
 
 def _t_of_lam(process: Process, target: ArrayLike) -> Array:
-    """lam falls with t: halve [0, t_max] until float64 is spent. +inf maps to 0; beyond the noisy end, t_max."""
+    """lam falls with t: cut [0, t_max] in 64 until float64 is spent. +inf maps to 0; beyond the noisy end, t_max."""
     target = np.asarray(target, dtype=np.float64)
-    low, high = np.zeros_like(target), np.full_like(target, process.t_max)
-    for _ in range(90):  # the 53 bits of float64, also of a t as small as t_max / 1e11
-        middle = (low + high) / 2
-        cleaner = lam(process, middle) > target
-        low, high = np.where(cleaner, middle, low), np.where(cleaner, high, middle)
-    return np.asarray(np.where(target == np.inf, 0.0, high))
+    low, width = np.zeros_like(target), np.full_like(target, process.t_max)
+    cuts = np.arange(1, 64) / 64
+    for _ in range(11):  # 66 bits: the 53 of float64, also of a t a thousandth of t_max
+        cleaner = lam(process, low[..., None] + width[..., None] * cuts) > target[..., None]
+        low, width = low + width * cleaner.sum(-1) / 64, width / 64
+    t = np.where(target <= lam(process, process.t_max), process.t_max, low + width)
+    return np.asarray(np.where(target == np.inf, 0.0, t))
 
 
 def _check(process: Any) -> None:
