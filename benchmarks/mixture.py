@@ -27,7 +27,7 @@ from fewstep.runtime import SAMPLERS, DiscreteVP, Plan, plan
 from fewstep.runtime.errors import PlanError
 from fewstep.runtime.times import GRIDS
 from fewstep.tools.samplers import within
-from fewstep.tune.fit import begin, fit, race, winner
+from fewstep.tune.fit import begin, fit
 from fewstep.tune.learned import Coordinates, table_of
 from fewstep.tune.problem import Problem, long_run
 
@@ -107,7 +107,7 @@ def fixed(problem: Problem, calls: int) -> list[dict[str, Any]]:
 
 
 def beginnings(ranked: list[dict[str, Any]], calls: int, count: int = 4) -> list[Plan]:
-    """The best fixed plans that a learned one can begin as, each on another grid."""
+    """The best fixed plans that a learned one can begin as: each on another grid, a sampler at most twice."""
     found: dict[str, Plan] = {}
     for row in ranked:
         made = plan(row["sampler"], _steps(row, calls), PROCESS, row["grid"])
@@ -115,7 +115,8 @@ def beginnings(ranked: list[dict[str, Any]], calls: int, count: int = 4) -> list
             table_of(made, PROCESS)
         except PlanError:
             continue
-        if len(made.calls) == calls and row["grid"] not in found:
+        used = sum(plan.sampler == made.sampler for plan in found.values())
+        if len(made.calls) == calls and row["grid"] not in found and used < 2:
             found[row["grid"]] = made
     return list(found.values())[:count]
 
@@ -128,9 +129,11 @@ def learn(problem: Problem, ranked: list[dict[str, Any]], calls: int, starts: in
     )
     mine = long_run(mine, plan("dpmpp_2m", 200, PROCESS, "logsnr"))
     at = Coordinates(PROCESS, calls, calls if calls <= LONG_HISTORY else 5)
-    runners = [begin(mine, at, at.encode(*table_of(first, PROCESS))) for first in beginnings(ranked, calls)]
-    *_, runners = race(mine, at, runners)
-    *_, state = fit(mine, at, winner(runners))
+    states = []
+    for first in beginnings(ranked, calls):
+        *_, state = fit(mine, at, begin(mine, at, at.encode(*table_of(first, PROCESS))))
+        states.append(state)
+    state = min(states, key=lambda state: state.held_out)
     unseen = np.arange(starts, STARTS)
     learned = at.plan(mine, np.array(state.best))
     best = min(

@@ -5,9 +5,9 @@ What is minimised over the fitted starts:
     |x_K - target|^2 + guide^2 * sum_i |x_i / spread_i - reference(t_i) / spread_i|^2
 
 The second sum holds the states on the way to the reference's trajectory. Without it few starts say little about the
-early states (later steps forgive their errors) and the fit has many minima; with guide = 1 every beginning leads to the
-same one, so the fit starts there and lets go step by step. A perturbed late weight repeats only the calls after it,
-and perturbed copies share batches: a round costs about K^3 / 6 calls a start.
+early states (later steps forgive their errors) and the fit has many minima; with guide = 1 nearly every beginning
+leads to the same one, so the fit starts there and lets go step by step. A perturbed late weight repeats only the calls
+after it, and perturbed copies share batches: a round costs about K^3 / 6 calls a start.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .problem import Problem, spread
 __all__ = ["GUIDES", "Fit", "begin", "fit", "race", "winner"]
 
 GUIDES = (1.0, 0.3, 0.1, 0.03)
-"""Falling by threes. On the mixture of benchmarks/mixture.py every beginning reaches the same minimum this way."""
+"""Falling by threes. On the mixture of benchmarks/mixture.py nearly every beginning leads to one minimum this way."""
 
 ROUNDS = 25
 """Most rounds at each guide; 10 to 15 are usual."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ from .fit import GUIDES, RACE_ROUNDS, Fit, begin, fit, race, winner
 from .learned import Coordinates, table_of
 from .problem import Problem, Score
 
-__all__ = ["Candidate", "Found", "Search", "fixed_plans", "learned_plan", "recall", "remember"]
+__all__ = [
+    *("Candidate", "Found", "Search", "fixed_plans", "found_or_fixed", "learned_plan"),
+    *("ranked_fixed", "recall", "remember"),
+]
 
 FIXED_SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_3m_exact", "unipc_3", "ipndm")
 FIXED_GRIDS = ("trailing", "linspace", "karras", "logsnr", "arctan", "ays_sdxl")
@@ -137,7 +140,7 @@ def learned_plan(
         yield Progress("fit", 0.3 + 0.7 * min(share, 1.0), _said([state]))
     made = at.plan(problem, np.array(state.best))
     details = {"guides": list(guides), "history": HISTORY, "fitted_rmse": state.fitted}
-    yield _found(search, made, ranked, details)
+    yield found_or_fixed(search, made, ranked, details)
 
 
 def _tables(problem: Problem, ranked: list[Candidate], count: int) -> list[tuple[Any, Any]]:
@@ -157,7 +160,7 @@ def _said(states: list[Fit]) -> str:
     return f"round {sum(state.round for state in states)}, held-out RMSE {best:.4g}"
 
 
-def _found(search: Search, made: Plan, ranked: list[Candidate], details: Mapping[str, Any]) -> Found:
+def found_or_fixed(search: Search, made: Plan, ranked: list[Candidate], details: Mapping[str, Any]) -> Found:
     """The plan, or the best fixed one where the search did not beat it on the starts held out."""
     problem, best = search.problem, ranked[0]
     score = problem.score(made, problem.held_out)
@@ -184,6 +187,3 @@ def remember(path: Path | None, state: Mapping[str, Any]) -> None:
     """Keep the state of a search, whole or not at all."""
     if path is not None:
         atomic_write(path, json.dumps(state).encode())
-
-
-Method = Callable[[Search], Iterator[Progress | Found]]
