@@ -137,6 +137,11 @@ def test_arctan_is_even_in_the_angle(process):
         np.testing.assert_allclose(np.diff(angle), np.diff(angle)[0], rtol=1e-9)
 
 
+def test_arctan_assumes_the_spread_of_data_that_edm_does():
+    named, stated = (make_times(g, 5, EDM()) for g in ("arctan", partial(grids.arctan, c=EDM().sigma_data)))
+    np.testing.assert_array_equal(named, stated)
+
+
 def test_arctan_is_the_best_grid_of_one_inner_time_for_ddim_on_a_gaussian():
     """N(0, c^2) data: two DDIM steps from t_max to the end; no inner level does better than arctan's."""
     process, c = EDM(sigma_min=0.01), 0.5
