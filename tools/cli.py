@@ -89,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def describe(error: BaseException) -> dict[str, Any]:
     """Any exception as the JSON document shows it, with the exit code that belongs to it."""
-    if isinstance(error, KeyboardInterrupt):
+    # a library written in C that is interrupted while it is imported says that it failed, because of the interrupt
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt):
         error = Cancelled("interrupted")
     elif isinstance(error, OSError) and not isinstance(error, FewstepError):
         # a full disk or a missing right is the user's world, wherever it is met

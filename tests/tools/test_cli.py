@@ -225,3 +225,11 @@ def test_verify_fails_the_gate_where_the_engine_computes_something_else(main, ow
     fails_in_one_line(main("verify", own_bundle), 5, "golden latent differs", "fewstep doctor")
     code, out, _ = main("verify", own_bundle, "--json")
     assert (code, json.loads(out)["error"]["type"]) == (5, "GateFailed")
+
+
+def test_an_import_that_failed_because_of_an_interrupt_is_an_interrupt():
+    """pybind11 turns a Ctrl-C inside a module's initialisation into an ImportError with the interrupt as its cause."""
+    error = ImportError("initialization failed")
+    error.__cause__ = KeyboardInterrupt()
+    assert cli.describe(error)["exit_code"] == 130
+    assert cli.describe(ImportError("initialization failed"))["exit_code"] == 70
