@@ -127,22 +127,22 @@ def compare(
     judge_of_prompts = open_scorer(scorer, threads) if scorer else None
     _check_floors(floors, features=graph is not None, scorer=judge_of_prompts is not None)
     paths = _label([reference, *candidates])
-    names = list(paths)
-    first = Bundle.open(candidates[0])
-    stand_in = first if _is_checkpoint(reference) else None
-    wanted = (first if stand_in else Bundle.open(reference)).manifest
-    subjects = make_subjects(wanted, prompts, labels, count, seed, judge_of_prompts)
+    checkpoint = reference if _is_checkpoint(reference) else None
+    first, *rest = paths
+    bundles = {name: Bundle.open(paths[name]) for name in (rest if checkpoint else paths)}
+    stand_in = bundles[rest[0]] if checkpoint else bundles[first]
+    subjects = make_subjects(stand_in.manifest, prompts, labels, count, seed, judge_of_prompts)
     if output is not None:
         with output_errors(output):  # before minutes of drawing, not after
             output.mkdir(parents=True, exist_ok=True)
     # artists load their graphs: only now, when all that is cheap to check is right
-    right = open_artist(names[0], reference, how, stand_in=stand_in, threads=threads)
-    others = [open_artist(name, paths[name], how, threads=threads) for name in names[1:]]
+    right = open_artist(first, stand_in, how, checkpoint=checkpoint, threads=threads)
+    others = [open_artist(name, bundles[name], how, threads=threads) for name in rest]
     for other in others:
         check_alike(right, other, how)
         _check_measurable(floors, right, other, how, len(subjects))
 
-    found = {name: Measured() for name in names[1:]}
+    found = {name: Measured() for name in rest}
     events = measure(right, others, subjects, how, found, graph, judge_of_prompts)
     watch(events, "compare", lambda tick: (tick.fraction, tick.note))
 
@@ -153,7 +153,7 @@ def compare(
         "kind": "fewstep-compare",
         "created": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": [shlex.quote(word) for word in command],
-        "reference": {**_describe(right), "checkpoint": stand_in is not None},
+        "reference": {**_describe(right), "checkpoint": checkpoint is not None},
         "how": asdict(how),
         "subjects": [asdict(subject) for subject in subjects],
         "floors": dict(floors),

@@ -137,16 +137,13 @@ class _Clock:
 
 
 def open_artist(
-    label: str, source: Path, how: How, *, stand_in: Bundle | None = None, threads: int | None = None
+    label: str, bundle: Bundle, how: How, *, checkpoint: Path | None = None, threads: int | None = None
 ) -> Artist:
-    """Open a bundle, or a checkpoint, and settle the plan it draws by.
+    """Load a bundle's denoiser and settle the plan it draws by.
 
-    stand_in  for a checkpoint: the bundle whose manifest, tokenizer and plans its torch modules use
+    checkpoint  a model whose torch modules take the place of the bundle's graphs; manifest, tokenizer and plans stay
     """
-    if stand_in is None:
-        pipeline = Pipeline(Bundle.open(source), threads=threads)
-    else:
-        pipeline = _original(source, stand_in)
+    pipeline = _original(checkpoint, bundle) if checkpoint else Pipeline(bundle, threads=threads)
     manifest, sessions = pipeline.manifest, pipeline._sessions
     name = manifest.denoiser
     if name not in sessions:

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -89,7 +90,10 @@ def compared(pixel_bundle, louder, tmp_path_factory):
 
 
 def drawn(reference, candidate, how=How(), count=2):  # noqa: B008
-    right, other = open_artist("right", reference, how), open_artist("other", candidate, how)
+    right, other = (
+        open_artist(name, Bundle.open(path), how)
+        for name, path in (("right", reference), ("other", candidate))
+    )
     subjects = [Subject(seed) for seed in range(count)]
     ticks = list(pairs(right, [other], subjects, how))
     return right, ticks, [tick.pair for tick in ticks if tick.pair]
@@ -126,7 +130,7 @@ def test_a_led_candidate_is_asked_about_the_reference_s_states_however_far_it_wo
 def test_a_led_candidate_leaves_no_trace_in_what_it_draws_next(text_bundle, tmp_path):
     """Guidance writes into what a session returns; the reference's recorded outputs must survive that."""
     other = scaled(text_bundle, tmp_path / "louder", 1.01)
-    right, candidate = (open_artist(n, p, How()) for n, p in (("r", text_bundle), ("c", other)))
+    right, candidate = (open_artist(n, Bundle.open(p), How()) for n, p in (("r", text_bundle), ("c", other)))
     subject = Subject(0, "a red apple")
     once = [t.pair for t in pairs(right, [candidate], [subject], How()) if t.pair]
     twice = [t.pair for t in pairs(right, [candidate, candidate], [subject, subject], How()) if t.pair]
@@ -164,7 +168,7 @@ def test_the_clock_ends_where_the_work_does(pixel_bundle, louder):
 def test_other_plans_have_no_common_steps(pixel_bundle, make_bundle, tmp_path):
     other = make_bundle(tmp_path / "euler", text=False, golden=False)
     manifest = json.loads((other / "manifest.json").read_text())
-    manifest["plans"]["default"] = open_artist("x", other, How(steps=3)).plan.to_json()
+    manifest["plans"]["default"] = open_artist("x", Bundle.open(other), How(steps=3)).plan.to_json()
     (other / "manifest.json").write_text(json.dumps(manifest))
     answer = compare(pixel_bundle, [other], How(), count=1)
     [candidate] = answer.data["candidates"]
@@ -278,6 +282,11 @@ def test_what_users_write_is_escaped_on_the_page(text_bundle, tmp_path):
     assert "<cat>" not in page
     assert "<b>&lt;b&gt;</b> against tiny" in page
     assert "<td><b>" not in page
+
+
+def test_the_docs_explain_every_number():
+    page = (Path(__file__).parents[2] / "docs/how-to-measure-quality.md").read_text()
+    assert [name for name in METRICS if f"`{name}`" not in page] == []
 
 
 def test_curves_place_values_and_leave_out_none():
@@ -404,11 +413,14 @@ def test_sources_that_are_no_bundles_get_the_reader_s_own_errors(pixel_bundle, t
         compare(tmp_path / "weights.bin", [pixel_bundle], How())
 
 
-def test_an_interrupted_comparison_leaves_no_report(pixel_bundle, start, appears, tmp_path):
+@pytest.mark.parametrize("moment", ["loading", "drawing"])
+def test_an_interrupted_comparison_leaves_no_report(moment, pixel_bundle, start, appears, tmp_path):
     process = start("compare", pixel_bundle, pixel_bundle, "--count", 10_000, "-o", tmp_path / "out")
     appears(tmp_path, "out", process)
+    if moment == "drawing":
+        assert "picture 1 of 10000" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert "Traceback" not in err
     assert list((tmp_path / "out").iterdir()) == []
