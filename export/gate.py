@@ -20,6 +20,7 @@ from ..model.model import Model, Part
 from ..runtime.backends import Session, open_session
 from ..runtime.bundle import Bundle
 from ..runtime.errors import GateFailed
+from ..runtime.given import example_observation
 from ..runtime.golden import golden_latent
 from ..runtime.manifest import FileSpec, Manifest, PartSpec
 from ..runtime.pipeline import Pipeline
@@ -226,7 +227,8 @@ def _arguments(manifest: Manifest, count: int) -> dict[str, Any]:
         return {"prompt": list(PROMPTS[:count]), **guidance}
     if manifest.classes is not None:
         return {"class_labels": [0, manifest.classes - 1][:count], **guidance}
-    return {"num_images_per_prompt": count}
+    seen = example_observation(manifest, count)
+    return {"num_images_per_prompt": count} | ({} if seen is None else {"observation": seen})
 
 
 def _unpublished(folder: Path, manifest: Manifest) -> Bundle:

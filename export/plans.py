@@ -72,5 +72,6 @@ def _scheduler(model: Model) -> Any:
 
 def traced_sampler(model: Model) -> str:
     """The sampler for other numbers of steps: the one nearest to the model's own scheduler."""
-    fallback = "ddim" if isinstance(model.process, DiscreteVP) else "euler"
+    observed = hasattr(model.process, "gamma")
+    fallback = "reverse_chain" if observed else "ddim" if isinstance(model.process, DiscreteVP) else "euler"
     return TRACED.get((model.scheduler or {}).get("_class_name", ""), fallback)

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..runtime.errors import BadInput, CheckpointError
-from ..runtime.manifest import GuidanceSpec, SampleSpec, TensorSpec
-from ..runtime.process import DiscreteVP, Process
+from ..runtime.grids.levels import is_discrete
+from ..runtime.manifest import PREDICTIONS, GuidanceSpec, SampleSpec, TensorSpec
+from ..runtime.process import Process
 from .libraries import torch
 from .model import Example, Model, Part
 
 __all__ = ["from_module"]
 
-PREDICTIONS = ("epsilon", "v_prediction", "sample", "flow")
 AXES = ("height", "width")
 
 
@@ -36,8 +36,10 @@ def from_module(
                   [batch, *sample_shape], timestep float32 [batch], class_labels int64 [batch]
     sample_shape  (channels, height, width), (channels, length) or (size,), without the batch; the bundle's own input
                   is always [batch, channels, height, width], with sizes of 1 for what is not there
-    process       how the training added noise; the network's timestep is process.timestep(t)
-    prediction    what it was trained to output: epsilon, v_prediction, sample or flow
+    process       how the training added noise; the network's timestep is process.timestep(t). For one with an
+                  observation (runtime/conditional.py) the module is called with it, of the sample's shape, in the
+                  third place: module(sample, timestep, observation[, class_labels])
+    prediction    what it was trained to output: epsilon, v_prediction, sample or flow; score, residual or resnoise
     classes       how many class labels there are; None for a model without
     call          for a network with another signature: (module, sample, timestep[, class_labels]) -> output.
                   A tensor, a tuple whose first is one, or an object with `.sample`
@@ -48,7 +50,7 @@ def from_module(
     """
     _check_arguments(sample_shape, prediction, classes, dynamic, guidance)
     _check_weights(module, name)
-    from .wrappers import Adapted
+    from .wrappers import Adapted, ObservingAdapted
 
     # channels, height, width, whatever the rank: [8, 32] travels as [8, 1, 32], so that one runtime draws them all
     channels, *rest = sample_shape
@@ -61,6 +63,8 @@ def from_module(
         TensorSpec("sample", "float32", ("batch", channels, *axes)),
         TensorSpec("timestep", "float32", ("batch",)),
     ]
+    if hasattr(process, "gamma"):
+        inputs.append(TensorSpec("observation", "float32", ("batch", channels, *axes)))
     ranges = {"timestep": _times(process)}
     if classes is not None:
         inputs.append(TensorSpec("class_labels", "int64", ("batch",)))
@@ -71,7 +75,9 @@ def from_module(
     sizes |= {"width": (width, 3 * width)} if "width" in dynamic else {}
     part = Part(
         name="unet",
-        module=Adapted(module, call, None if len(sample_shape) == 3 else sample_shape).eval(),
+        module=(ObservingAdapted if hasattr(process, "gamma") else Adapted)(
+            module, call, None if len(sample_shape) == 3 else sample_shape
+        ).eval(),
         inputs=tuple(inputs),
         outputs=(TensorSpec("out_sample", "float32", ("batch", channels, *axes)),),
         example=Example(sizes, ranges),
@@ -128,7 +134,7 @@ def _tensors(module: Any) -> Iterator[tuple[str, Any]]:
 
 def _times(process: Process) -> tuple[float, float]:
     """The smallest and largest timestep the network was trained on."""
-    low = process.t_max * 1e-3 if not isinstance(process, DiscreteVP) else 1.0
+    low = 1.0 if is_discrete(process) else process.t_max * 1e-3
     return float(process.timestep(low)), float(process.timestep(process.t_max))
 
 
@@ -143,7 +149,7 @@ def _try(part: Part) -> None:
         line = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"the network cannot be called with {', '.join(feeds)} ({type(error).__name__}: {line})",
-            expected="module(sample, timestep[, class_labels])",
+            expected="module(sample, timestep[, observation][, class_labels])",
             fix="say how with call=lambda module, sample, timestep: ...",
         ) from error
     wanted = feeds["sample"].shape

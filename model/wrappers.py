@@ -104,12 +104,26 @@ class Adapted(torch.nn.Module):  # type: ignore[misc]
         self.module, self.call, self.shape = module, call, shape
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        seen = sample if self.shape is None else sample.reshape(-1, *self.shape)
-        labels = () if class_labels is None else (class_labels,)
+        return self.run(sample, timestep, *(() if class_labels is None else (class_labels,)))
+
+    def run(self, sample: Tensor, timestep: Tensor, *more: Tensor) -> Tensor:
         call = self.call or (lambda module, *inputs: module(*inputs))
-        output = call(self.module, seen, timestep, *labels)
+        output = call(self.module, self.seen(sample), timestep, *more)
         if hasattr(output, "sample"):  # what diffusers models return
             output = output.sample
         elif isinstance(output, tuple):
             output = output[0]
         return output if self.shape is None else output.reshape(sample.shape)
+
+    def seen(self, sample: Tensor) -> Tensor:
+        return sample if self.shape is None else sample.reshape(-1, *self.shape)
+
+
+class ObservingAdapted(Adapted):
+    """The same for a process with an observation: `call(module, sample, timestep, observation[, class_labels])`."""
+
+    def forward(  # type: ignore[override]
+        self, sample: Tensor, timestep: Tensor, observation: Tensor, class_labels: Tensor | None = None
+    ) -> Tensor:
+        labels = () if class_labels is None else (class_labels,)
+        return self.run(sample, timestep, self.seen(observation), *labels)

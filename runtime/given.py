@@ -11,11 +11,12 @@ import numpy as np
 from .backends import Session
 from .editing import keep
 from .errors import BadInput
-from .manifest import PartSpec, SampleSpec
-from .process import Array
+from .manifest import Manifest, PartSpec, SampleSpec
+from .noise import randn
+from .process import Array, process_from_json
 from .samplers import Denoise
 
-__all__ = ["Brought", "as_mask", "as_samples", "bring", "encode"]
+__all__ = ["Brought", "as_mask", "as_samples", "bring", "encode", "example_observation"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,15 @@ def bring(
     x = None if image is None else as_samples(image, n, shape, sample, encode, "image")
     kept = None if mask is None else as_mask(mask, n, shape, sample.factor)
     return Brought(tuple(array for array in (y, x) if array is not None), y, kept)
+
+
+def example_observation(manifest: Manifest, n: int) -> Array | None:
+    """What stands in for an observation where a bundle is only tried out: noise, or None for models without."""
+    if not hasattr(process_from_json(manifest.process), "gamma"):
+        return None
+    sample = manifest.sample
+    cells = (sample.channels, sample.height // sample.factor, sample.width // sample.factor)
+    return randn((max(n, 16), *cells), seed=1)[:n]  # torch draws fewer than 16 values another way
 
 
 def encode(session: Session, spec: PartSpec, sample: SampleSpec, pixels: Array) -> Array:
@@ -88,7 +98,7 @@ def as_samples(
             expected=f"finite numbers of shape {(n, *shape)}, or a picture {(*size, 3)} in 0..1",
             fix=f"resize it to {size[1]}x{size[0]}",
         )
-    return np.broadcast_to(array.astype(np.float32), (n, *shape))
+    return np.repeat(array.astype(np.float32), n // len(array), axis=0)
 
 
 def as_mask(mask: Any, n: int, shape: Sequence[int], factor: int) -> Array:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BundleError
+from .given import example_observation
 from .manifest import Manifest
 
 __all__ = ["TOLERANCE", "compare_golden", "golden_latent"]
@@ -43,6 +44,7 @@ class Draws(Protocol):
         seed: int = 0,
         output_type: str = "pil",
         sampler: str | None = None,
+        observation: Any = None,
     ) -> Any: ...
 
 
@@ -93,6 +95,7 @@ def _draw(pipeline: Draws, how: Mapping[str, Any]) -> NDArray[np.float64]:
         seed=how["seed"],
         sampler=how["sampler"],
         output_type="latent",
+        observation=example_observation(pipeline.manifest, 1),
     )
     return np.asarray(output.images, dtype=np.float64)
 

@@ -57,6 +57,9 @@ def serve(path: str, threads: int | None) -> None:
 
 
 def _image(pipeline: Any, request: dict[str, Any]) -> dict[str, Any]:
+    from ..runtime.given import example_observation
+
+    observation = example_observation(pipeline.manifest, 1)
     cpu, began = time.process_time(), time.perf_counter()
     output = pipeline(
         request["prompt"] if pipeline.manifest.tokenizer else None,
@@ -65,6 +68,7 @@ def _image(pipeline: Any, request: dict[str, Any]) -> dict[str, Any]:
         sampler=request.get("sampler"),
         times=request.get("times"),
         seed=request["seed"],
+        observation=observation,
     )
     parts = pipeline.manifest.parts
     wall, cpu = time.perf_counter() - began, time.process_time() - cpu

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from fewstep.runtime import EDM
 from fewstep.runtime.errors import BundleError
 from fewstep.runtime.golden import TOLERANCE, compare_golden, golden_latent
 
@@ -17,9 +18,10 @@ class Fake:
     error: float = 0.0
     shape: tuple[int, ...] = (1, 4, 8, 8)
 
-    manifest = SimpleNamespace(tokenizer=object(), classes=None, sampler="ddim")
+    manifest = SimpleNamespace(tokenizer=object(), classes=None, sampler="ddim", process=EDM().to_json())
 
-    def __call__(self, prompt, *, class_labels, num_inference_steps, seed, sampler, output_type):
+    def __call__(self, prompt, *, class_labels, num_inference_steps, seed, sampler, output_type, observation):
+        assert observation is None
         assert output_type == "latent"
         x = np.random.default_rng([seed, num_inference_steps, len(prompt)]).standard_normal(self.shape)
         return SimpleNamespace(images=(x + self.error).astype(np.float32))
