@@ -10,6 +10,7 @@ from .compensation import compensated_plan
 from .evolution import evolved_plan
 from .search import Found, Search, learned_plan
 from .solver import solver_plan
+from .v3 import measured_plan
 
 METHODS: Mapping[str, Callable[[Search], Iterator[Progress | Found]]] = {
     "learned": learned_plan,
@@ -17,4 +18,5 @@ METHODS: Mapping[str, Callable[[Search], Iterator[Progress | Found]]] = {
     "evolution": evolved_plan,
     "solver": solver_plan,
     "compensation": compensated_plan,
+    "v3": measured_plan,
 }
