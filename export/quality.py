@@ -1,4 +1,4 @@
-"""How far one set of samples is from another: the numbers of the gate, of `fewstep compare` and of passes' searches.
+"""How far one set of samples is from another: what `fewstep compare` measures, for whoever must judge a bundle.
 
 Plain functions over numpy arrays, all in float64. Decibels end at MAX_DB, so that everything fits into JSON.
 """

@@ -49,6 +49,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", metavar="FILE", type=Path, help="one prompt a line")
     parser.add_argument("--class-label", action="append", type=int, metavar="N", help="repeat for several")
     parser.add_argument(
+        "--observation", action="append", metavar="FILE", help="a picture to restore; repeat for several"
+    )
+    parser.add_argument(
         "--count", type=positive, help=f"pictures a prompt (default: enough for {PICTURES} in all)"
     )
     parser.add_argument(
@@ -91,6 +94,7 @@ def call(args: argparse.Namespace) -> Answer:
         how,
         prompts=prompts,
         labels=args.class_label or [],
+        observations=args.observation or [],
         count=args.count,
         seed=args.seed,
         features=args.features,
@@ -109,6 +113,7 @@ def compare(
     *,
     prompts: Sequence[str] = (),
     labels: Sequence[int] = (),
+    observations: Sequence[str] = (),
     count: int | None = None,
     seed: int = 0,
     features: Path | None = None,
@@ -131,7 +136,7 @@ def compare(
     first, *rest = paths
     bundles = {name: Bundle.open(paths[name]) for name in (rest if checkpoint else paths)}
     stand_in = bundles[rest[0]] if checkpoint else bundles[first]
-    subjects = make_subjects(stand_in.manifest, prompts, labels, count, seed, judge_of_prompts)
+    subjects = make_subjects(stand_in.manifest, prompts, labels, count, seed, judge_of_prompts, observations)
     if output is not None:
         with output_errors(output):  # before minutes of drawing, not after
             output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What pictures are asked for: prompts, class labels and seeds."""
+"""What pictures are asked for: prompts, class labels, observations and seeds."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from ..runtime.errors import BadInput
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.errors import BadInput, MissingExtra
 from ..runtime.manifest import Manifest
+from ..runtime.process import process_from_json
+from .console import needs
 from .features import Scorer
 
-__all__ = ["PICTURES", "Subject", "make_subjects", "read_prompts"]
+__all__ = ["PICTURES", "Subject", "make_subjects", "read_observation", "read_prompts"]
 
 SCORER_PROMPTS = 64
 """Of a scorer's prompts, evenly spread, where the user names none."""
@@ -27,12 +34,14 @@ class Subject:
     seed: int
     prompt: str | None = None
     label: int | None = None
+    observation: str | None = None
+    """The file of what a restoration model is given."""
 
     @property
     def caption(self) -> str:
-        if self.prompt is not None:
-            return self.prompt
-        return f"seed {self.seed}" if self.label is None else f"class {self.label}, seed {self.seed}"
+        label = None if self.label is None else f"class {self.label}"
+        words = (self.prompt, label, self.observation and Path(self.observation).name)
+        return ", ".join(word for word in words if word) or f"seed {self.seed}"
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -49,6 +58,24 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
+@lru_cache(maxsize=2)
+def read_observation(path: str) -> NDArray[Any]:
+    """A picture as [height, width, 3] in 0..1, or what a .npy file holds. Raises BadInput for anything else."""
+    try:
+        if path.endswith(".npy"):
+            return np.asarray(np.load(path, allow_pickle=False))
+        with needs("onnx"):
+            from PIL import Image
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"), dtype=np.float32) / 255
+    except (OSError, ValueError) as error:  # what Pillow cannot identify is an OSError too
+        if isinstance(error, MissingExtra):
+            raise
+        raise BadInput(
+            f"--observation {path} cannot be read ({error})", expected="a picture, or a .npy file"
+        ) from None
+
+
 def make_subjects(
     manifest: Manifest,
     prompts: Sequence[str],
@@ -56,8 +83,9 @@ def make_subjects(
     count: int | None,
     seed: int,
     scorer: Scorer | None = None,
+    observations: Sequence[str] = (),
 ) -> list[Subject]:
-    """Every prompt or label `count` times, each picture with a seed of its own, counted on from `seed`."""
+    """Every prompt, label or observation `count` times, each picture with a seed of its own, counted on from `seed`."""
     told = manifest.tokenizer is not None
     if not told and (prompts or scorer):
         raise BadInput(f"a prompt or a scorer for a model of task {manifest.task}", expected="neither")
@@ -75,11 +103,21 @@ def make_subjects(
             expected=f"0 to {manifest.classes - 1}",
             fix="pass --class-label 0, also repeatedly",
         )
+    restores = hasattr(process_from_json(manifest.process), "gamma")
+    if restores != bool(observations):
+        raise BadInput(
+            "no observation" if restores else "an observation for a model that takes none",
+            expected="pictures to restore" if restores else "no --observation",
+            fix="pass --observation FILE.png, also repeatedly" if restores else "",
+        )
+    for observation in observations:
+        read_observation(observation)
     if scorer:
         scorer.check(prompts)
     texts: Sequence[str | None] = prompts or [None]
     classes: Sequence[int | None] = labels or [None]
-    kinds = list(itertools.product(texts, classes))
+    given: Sequence[str | None] = observations or [None]
+    kinds = list(itertools.product(texts, classes, given))
     repeat = count or math.ceil(PICTURES / len(kinds))
     asked = [kind for kind in kinds for _ in range(repeat)]
-    return [Subject(seed + i, prompt, label) for i, (prompt, label) in enumerate(asked)]
+    return [Subject(seed + i, *kind) for i, kind in enumerate(asked)]

@@ -15,7 +15,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fewstep.export.quality import MAX_DB
+from fewstep.runtime import plan
+from fewstep.runtime.backends.PIL import to_image
 from fewstep.runtime.bundle import Bundle
+from fewstep.runtime.conditional import ResidualShift
 from fewstep.runtime.errors import BadInput, BundleError, CheckpointError
 from fewstep.tools import cli
 from fewstep.tools.compare import compare
@@ -23,7 +26,7 @@ from fewstep.tools.comparison import METRICS, judge, parse_floor
 from fewstep.tools.features import open_image_graph, open_scorer
 from fewstep.tools.pairs import How, Subject, open_artist, pairs
 from fewstep.tools.plots import curves
-from fewstep.tools.subjects import make_subjects, read_prompts
+from fewstep.tools.subjects import make_subjects, read_observation, read_prompts
 
 
 def scaled(source, dest, factor):
@@ -387,6 +390,56 @@ def test_what_is_asked_for_must_fit_the_model(text_bundle, pixel_bundle, tmp_pat
     assert [s.label for s in subjects] == [3] * 4 + [4] * 4
     assert [s.seed for s in subjects] == list(range(5, 13))
     assert len(make_subjects(free, [], [], None, 0)) == 8
+
+
+def test_a_restoration_model_is_compared_on_what_it_restores(pixel_bundle, tmp_path):
+    """The network is asked about one observation a picture, and led to the same states: 40 dB again."""
+    bundle = tmp_path / "restorer"
+    shutil.copytree(pixel_bundle, bundle)
+    path = bundle / "unet/model.onnx"
+    model = onnx.load(path)
+    sample = model.graph.input[0]
+    observation = onnx.ValueInfoProto.FromString(sample.SerializeToString())
+    observation.name = "observation"
+    model.graph.input.append(observation)
+    model.graph.node[-1].output[0] = "alone"
+    model.graph.node.append(helper.make_node("Add", ["alone", "observation"], ["out_sample"]))
+    onnx.save(model, path)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    inputs = manifest["parts"]["unet"]["inputs"]
+    inputs.append(inputs[0] | {"name": "observation"})
+    process = ResidualShift()
+    manifest |= {"process": process.to_json(), "prediction": "sample", "sampler": "ddim"}
+    manifest["plans"] = {"default": plan("ddim", 4, process, prediction="sample").to_json()}
+    manifest["quality"] = {}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    rehash(bundle, "unet/model.onnx")
+    louder = scaled(bundle, tmp_path / "louder", 1.01)
+    files = []
+    for seed in range(2):
+        y = np.random.default_rng(seed).standard_normal((1, 4, 8, 8)).astype(np.float32)
+        files.append(str(tmp_path / f"y{seed}.npy"))
+        np.save(files[-1], y)
+    answer = compare(bundle, [louder], How(), observations=files, count=1)
+    [candidate] = answer.data["candidates"]
+    assert [pair["caption"] for pair in candidate["pairs"]] == ["y0.npy", "y1.npy"]
+    for pair in candidate["pairs"]:
+        assert pair["led_sqnr_db"] == pytest.approx([40] * 4, abs=1e-3)
+    with pytest.raises(BadInput, match="no observation"):
+        compare(bundle, [louder], How())
+    with pytest.raises(BadInput, match="takes none"):
+        compare(pixel_bundle, [pixel_bundle], How(), observations=files)
+
+
+def test_observations_are_pictures_or_arrays(tmp_path):
+    pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    to_image(pixels).save(tmp_path / "y.png")
+    assert read_observation(str(tmp_path / "y.png")) == pytest.approx(pixels / 255)
+    for name in ("none.png", "bad.png", "bad.npy"):
+        if name.startswith("bad"):
+            (tmp_path / name).write_bytes(b"neither")
+        with pytest.raises(BadInput, match="cannot be read"):
+            read_observation(str(tmp_path / name))
 
 
 def test_prompts_come_from_a_file_too(tmp_path):
