@@ -10,6 +10,7 @@ from typing import Any
 
 from ..runtime.errors import BadInput
 from ..runtime.progress import Progress
+from ..tune.methods import METHODS
 from .console import Answer, add_threads, human_seconds, needs, watch
 
 __all__ = ["add", "call"]
@@ -21,7 +22,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     plan = what.add_parser("plan", help=line, description=line, allow_abbrev=False)
     plan.add_argument("bundle", metavar="BUNDLE", type=Path)
     plan.add_argument("--calls", type=int, required=True, help="network calls of the plan")
-    methods = "learned (default), grid, evolution, solver, compensation, v3"
+    methods = f"{', '.join(METHODS)}; default: learned"
     plan.add_argument("--method", default="learned", metavar="NAME", help=methods)
     plan.add_argument(
         "--noises", type=int, default=32, help="starts to fit on; a quarter is held out to judge by"

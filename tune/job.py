@@ -71,8 +71,8 @@ def tune_bundle(
         home = pipeline.bundle.path
         references = References(pipeline, setting, workdir or home.with_name(f"{home.name}.tune"))
         for done in references.make():
-            share = REFERENCE_SHARE * done / setting.noises
-            yield Progress("references", share, f"{done} of {setting.noises} noises")
+            note = f"{int(done * setting.noises)} of {setting.noises} noises"
+            yield Progress("references", REFERENCE_SHARE * done, note)
         problem = references.problem()
         with output_errors(references.path):
             state = references.path / f"{method}-{calls}.json"

@@ -23,6 +23,7 @@ from ..runtime.noise import Noise
 from ..runtime.pipeline import Pipeline
 from ..runtime.plan import Call, plan
 from ..runtime.process import Array, RectifiedFlow, process_from_json
+from ..runtime.request import guidance_of, shape_of
 from .problem import Problem, Trajectory
 
 __all__ = ["PROMPTS", "References", "Setting"]
@@ -79,11 +80,6 @@ class References:
     meter: Meter = field(default_factory=Meter)
 
     @property
-    def total(self) -> int:
-        """Samples through the network that the references take in all."""
-        return self.setting.noises * self.setting.steps
-
-    @property
     def path(self) -> Path:
         """The subfolder of exactly these references."""
         manifest = self.pipeline.manifest
@@ -97,8 +93,8 @@ class References:
         digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
         return self.folder / digest[:16]
 
-    def make(self) -> Iterator[int]:
-        """Run what is not there yet; yields how many noises are done."""
+    def make(self) -> Iterator[float]:
+        """Run what is not there yet; yields how much of the whole is done."""
         problem, long = self._empty(), self._plan()
         keep = _kept(long.states)
         with output_errors(self.path):
@@ -108,11 +104,14 @@ class References:
             path = self.path / f"noises-{begin:04d}.npy"
             if not path.exists():
                 states = [long.start(problem.starts[which])]
-                states += [s.x for s in problem.run(long, which) if s.index + 1 in keep]
+                for step in problem.run(long, which):
+                    if step.index + 1 in keep:
+                        states.append(step.x)
+                    yield (begin + len(which) * step.index / long.states) / self.setting.noises
                 buffer = io.BytesIO()
                 np.save(buffer, np.stack(states))
                 atomic_write(path, buffer.getvalue())
-            yield int(which[-1]) + 1
+            yield (int(which[-1]) + 1) / self.setting.noises
 
     def problem(self) -> Problem:
         """Raises FileNotFoundError before `make` came to its end."""
@@ -140,7 +139,7 @@ class References:
     def _empty(self) -> Problem:
         """The problem before anything is known of its targets."""
         manifest, n = self.pipeline.manifest, self.setting.noises
-        shape = self.pipeline._shape(None, None)
+        shape = shape_of(manifest, None, None)
         starts = np.stack([Noise(self.setting.seed + i).randn(shape) for i in range(n)])
         spec = {tensor.name: tensor for tensor in manifest.parts[manifest.denoiser].inputs}
         fixed = isinstance(spec["sample"].shape[0], int)
@@ -156,7 +155,7 @@ class References:
         )
 
     def _scale(self) -> float:
-        return self.pipeline._guidance(self.setting.guidance)
+        return guidance_of(self.pipeline.manifest, self.setting.guidance)
 
     def _predict(self) -> Any:
         pipeline, manifest, n = self.pipeline, self.pipeline.manifest, self.setting.noises

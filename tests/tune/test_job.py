@@ -58,7 +58,9 @@ def test_a_plan_goes_into_a_new_bundle_and_the_old_one_stays(bundle, tmp_path):
 def test_the_reference_is_the_bundles_own_long_run_at_the_shipped_guidance(bundle, tmp_path):
     with Pipeline.from_pretrained(bundle) as pipeline:
         references = References(pipeline, FEW, tmp_path / "work")
-        assert list(references.make())[-1] == 6
+        shares = list(references.make())
+        assert shares == sorted(shares)
+        assert shares[-1] == 1
         problem = references.problem()
         long = references._plan()
         for i in (0, 1, 5):
@@ -71,7 +73,8 @@ def test_references_are_made_once_and_only_the_missing_ones_again(bundle, tmp_pa
     with Pipeline.from_pretrained(bundle) as pipeline:
         references = References(pipeline, setting, tmp_path / "work")
         making = references.make()
-        next(making)
+        while next(making) < 1 / 3:
+            pass
         making.close()
         first = references.meter.samples
         for _ in references.make():
@@ -83,7 +86,7 @@ def test_references_are_made_once_and_only_the_missing_ones_again(bundle, tmp_pa
 
 def test_a_job_that_was_interrupted_ends_where_it_would_have(bundle, tmp_path):
     whole = tuned(bundle, out=tmp_path / "whole", workdir=tmp_path / "a")
-    for events in (2, 12, 30):
+    for events in (12, 30, 60):
         job = tune_bundle(bundle, calls=3, setting=FEW, out=tmp_path / "again", workdir=tmp_path / "b")
         for _ in range(events):
             next(job)
@@ -153,7 +156,7 @@ def test_prompts_for_a_model_without_text_are_refused(tmp_path):
 
 def test_damaged_state_says_what_to_delete(bundle, tmp_path):
     job = tune_bundle(bundle, calls=3, setting=FEW, workdir=tmp_path)
-    for _ in range(40):
+    for _ in range(70):
         next(job)
     job.close()
     [state] = tmp_path.glob("*/learned-3.json")
