@@ -103,12 +103,13 @@ def frechet_distance(a: Array, b: Array) -> float:
 
 
 def frechet_interval(
-    a: Array, b: Array, rng: np.random.Generator, *, draws: int = 400, confidence: float = 0.95
+    a: Array, b: Array, rng: np.random.Generator, *, draws: int = 200, confidence: float = 0.95
 ) -> tuple[float, float]:
     """A bootstrap interval of `frechet_distance`, for pairs: a[i] and b[i] are drawn together.
 
     The reverse percentile interval (Davison and Hinkley, Bootstrap Methods and their Application, 1997, eq. 5.6):
-    a resample repeats vectors and so overestimates as few vectors do, which this turns round and takes off again.
+    a resample repeats vectors and so overestimates as few vectors do, which this turns round and takes off again. It
+    may lie below `frechet_distance` itself. With fewer than twice as many vectors as features it means nothing.
     """
     found = frechet_distance(a, b)
     picks = (rng.integers(0, len(a), len(a)) for _ in range(draws))

@@ -88,8 +88,8 @@ def _numbers(report: Mapping[str, Any]) -> str:
             rows.append(f"<td>{escape(candidate['label'])}</td><td>{METRICS[name].title}</td>{numbers}")
     header = ("candidate", "what", "median or value", "95 % interval", "middle half", "worst")
     text = (
-        "Medians over pictures with their exact intervals; shares with Wilson's, the Frechet distance with a "
-        "bootstrap's. A Frechet distance falls as pictures are added: set it only beside one of as many."
+        "Medians over pictures with their exact intervals, shares with Wilson's. A Frechet distance overestimates, the "
+        "more the fewer the pictures; where there are enough, a bootstrap's interval is corrected for that."
     )
     return section(
         "Against " + escape(report["reference"]["label"]), text, html_table(header, rows, numbers=4)

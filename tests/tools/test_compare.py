@@ -201,7 +201,7 @@ def test_a_missed_floor_is_exit_code_5_and_says_by_how_much(compared):
         [short] = candidate["shortfalls"]
         assert short["metric"] == "latent_psnr_db"
         by = 1000 - value["metrics"]["latent_psnr_db"]["value"]
-        assert f"missed by {by:.4g} dB" in answer.data["error"]["message"]
+        assert f"missed by {by:.6g} dB" in answer.data["error"]["message"]
     assert answer.data["error"]["type"] == "GateFailed"
     assert (output / "compare.json").exists()  # what was drawn is not lost
     assert "at least 1000 dB wanted" in (output / "compare.html").read_text()
@@ -300,6 +300,15 @@ def test_curves_place_values_and_leave_out_none():
     assert 'cx="98.00%"' in svg
     assert 'cy="190.0"' in svg  # 0 lies on the axis
     assert curves([], "dB", "step").count("<circle") == 0
+
+
+def test_a_frechet_distance_of_few_pictures_has_no_interval(pixel_bundle, louder, compared, tmp_path):
+    graph = image_graph(tmp_path / "eye.onnx")
+    few = compare(pixel_bundle, [louder], How(), features=graph, count=5)
+    got = few.data["candidates"][0]["metrics"]["frechet_distance"]
+    assert (got["low"], got["high"]) == (None, None)
+    enough = compared[0].data["candidates"][0]["metrics"]["frechet_distance"]  # 8 pictures, 3 features
+    assert 0 <= enough["low"] < enough["high"]
 
 
 def test_a_scorer_ranks_the_captions(tmp_path):
