@@ -20,10 +20,10 @@ from .statistics import Measurement, measure
 
 __all__ = ["Variant", "measured_plan", "v3_plan", "variants"]
 
-GUIDE = 0.5
-"""Weight of the states on the way, as in fit.py; 0.3 to 1 are alike. Few starts do not show which plans lose their way:
-on benchmarks/mixture.py, plans chosen by the final states of 24 alone leave errors on other starts 1.1, 1.6, 2.6 and
-3.8 times as large, at 5, 8, 10 and 20 calls."""
+GUIDE = 0.3
+"""Weight of the states on the way, as in fit.py. Few starts do not show which plans lose their way: on
+benchmarks/mixture.py, plans chosen by the final states of 24 alone leave errors on other starts 1.1, 1.5, 2.3 and 3.8
+times as large, at 5, 8, 10 and 20 calls."""
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ def test_a_plan_with_measured_statistics_beats_unipc_and_dpmpp_on_the_best_of_al
         for name in ("unipc", "dpmpp_2m")
         for grid in {variant.grid for variant in variants(problem, statistics, calls)}
     ]
-    assert problem.score(made, problem.held_out).rmse < 0.75 * min(others)
+    assert problem.score(made, problem.held_out).rmse < 0.8 * min(others)
 
 
 def test_a_process_that_no_grid_serves_says_so():
