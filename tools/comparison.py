@@ -36,8 +36,8 @@ WORST = 6
 """Pairs of pictures kept to be looked at."""
 TOP = 5
 SAMPLES_A_FEATURE = 2
-"""Pictures a feature from which on a Frechet distance gets an interval: with 2 to 30 it held the truth in 88 to 98 of 100
-Gaussian trials (see tests/export/test_quality.py); with fewer the distance says more of their number than of the models."""
+"""Pictures a feature from which on a Frechet distance gets an interval: with 2 to 30 it held the truth in 88 to 98 of
+100 Gaussian trials (as in tests/export/test_quality.py); with fewer the value says more of them than of models."""
 
 
 @dataclass(frozen=True)
