@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -19,24 +18,17 @@ from numpy.typing import ArrayLike
 from .backends import Session, open_session
 from .bundle import Bundle
 from .denoiser import Denoiser, network_inputs
-from .editing import from_image
-from .errors import BadInput, Cancelled, MissingExtra, PlanError
+from .errors import Cancelled, MissingExtra
 from .given import bring, encode
-from .grids import Grid, at_resolution
+from .grids import Grid
 from .manifest import Manifest
 from .noise import Noise
 from .plan import Plan
-from .plan import plan as make_plan
-from .process import Array, process_from_json
+from .process import Array
+from .request import check, choose_plan, guidance_of, shape_of, subjects_of
 from .samplers import Step
 
 __all__ = ["Output", "Pipeline", "StepDone"]
-
-MAX_SIDE = 4096
-"""Pixels. Past this a latent model needs tens of gigabytes; a larger number is a typing error."""
-
-MAX_IMAGES = 64
-"""Images of one call; they are denoised as one batch."""
 
 
 @dataclass(frozen=True)
@@ -197,11 +189,9 @@ class Pipeline:
         begin = time.perf_counter()
         self._stop = False
         if image is None:
-            _check(
-                strength is None and mask_image is None, "strength or mask_image without image", "an image"
-            )
+            check(strength is None and mask_image is None, "strength or mask_image without image", "an image")
         else:
-            _check(plan is None, "a plan and an image", "one or the other")
+            check(plan is None, "a plan and an image", "one or the other")
             strength = (0.8 if mask_image is None else 1.0) if strength is None else strength  # as diffusers
         table = (
             plan
@@ -210,16 +200,16 @@ class Pipeline:
                 num_inference_steps, sampler, times, plan, height=height, width=width, strength=strength
             )
         )
-        prompts, labels = self._subjects(prompt, class_labels, num_images_per_prompt)
+        prompts, labels = subjects_of(self.manifest, prompt, class_labels, num_images_per_prompt)
         n = len(prompts or labels or range(num_images_per_prompt))
-        scale = self._guidance(guidance_scale)
-        shape = self._shape(height, width)
-        _check(output_type in ("pil", "np", "latent"), f"output_type {output_type!r}", "pil, np or latent")
+        scale = guidance_of(self.manifest, guidance_scale)
+        shape = shape_of(self.manifest, height, width)
+        check(output_type in ("pil", "np", "latent"), f"output_type {output_type!r}", "pil, np or latent")
         streams = [Noise(seed + i) for i in range(n)]
         if latents is None:
             latents = _draw(streams, shape)
         latents = np.asarray(latents, dtype=np.float32)
-        _check(latents.shape == (n, *shape), f"latents of shape {latents.shape}", str((n, *shape)))
+        check(latents.shape == (n, *shape), f"latents of shape {latents.shape}", str((n, *shape)))
 
         loaded = self._load_s
         text_start = time.perf_counter()
@@ -289,41 +279,8 @@ class Pipeline:
 
         Raises PlanError for unknown names, and for a named plan with steps, a sampler or a grid beside it.
         """
-        plans = self.manifest.plans
-        if name is not None:
-            if name not in plans:
-                raise PlanError.unknown("plan", name, plans)
-            if not (steps is None and sampler is None and times is None and strength is None):
-                raise PlanError(
-                    f"plan {name!r} and steps, sampler or times beside it", expected="one or the other"
-                )
-            return Plan.from_json(plans[name])
-        default = Plan.from_json(plans["default"]) if "default" in plans else None
-        sample, grid = self.manifest.sample, self.manifest.grid
-        own_size = height in (None, sample.height) and width in (None, sample.width)
-        if (
-            default
-            and times is None
-            and strength is None
-            and sampler in (None, default.sampler)
-            and steps in (None, default.steps)
-            and (own_size or grid.dynamic is None)
-        ):
-            return default
-        if grid.dynamic is not None:
-            patch = sample.multiple // sample.factor
-            grid = at_resolution(grid, math.prod(self._shape(height, width)[1:]) // patch**2)
-        if steps is None:
-            named = times is None or isinstance(times, str) or callable(times)
-            steps = (default.steps if default else 20) if named else len(np.asarray(times)) - 1
-        traced = make_plan if strength is None else partial(from_image, strength=strength)
-        return traced(
-            sampler or self.manifest.sampler,
-            steps,
-            process_from_json(self.manifest.process),
-            "auto" if times is None else times,
-            prediction=self.manifest.prediction,
-            grid=grid,
+        return choose_plan(
+            self.manifest, steps, sampler, times, name, height=height, width=width, strength=strength
         )
 
     def decode(self, x0: Array) -> Array:
@@ -347,7 +304,7 @@ class Pipeline:
         if "vae_decoder" not in self.manifest.parts:
             return pixels
         found, fix = "a picture for a bundle without a vae_encoder", "give clean samples [n, channels, h, w]"
-        _check("vae_encoder" in self.manifest.parts, found, "a bundle that has one", fix)
+        check("vae_encoder" in self.manifest.parts, found, "a bundle that has one", fix)
         return encode(
             self._open("vae_encoder"), self.manifest.parts["vae_encoder"], self.manifest.sample, pixels
         )
@@ -381,69 +338,6 @@ class Pipeline:
         if self.low_memory and name in self._sessions:
             self._sessions.pop(name).close()
 
-    def _subjects(
-        self, prompt: str | Sequence[str] | None, labels: int | Sequence[int] | None, per_prompt: int
-    ) -> tuple[list[str] | None, list[int] | None]:
-        task, classes = self.manifest.task, self.manifest.classes
-        _check(type(per_prompt) is int and per_prompt >= 1, f"{per_prompt!r} images per prompt", "1 or more")
-        prompts = [prompt] if isinstance(prompt, str) else None if prompt is None else list(prompt)
-        if self.manifest.tokenizer is None:
-            _check(prompts is None, f"a prompt for a model of task {task}", "no prompt")
-        else:
-            _check(bool(prompts), "no prompt", "a text, or a list of texts", "pass --prompt TEXT")
-        if classes is None:
-            _check(labels is None, f"class labels for a model of task {task}", "no class labels")
-            chosen = None
-        else:
-            chosen = [labels] if isinstance(labels, int) else list(labels or [])
-            good = bool(chosen) and all(type(label) is int and 0 <= label < classes for label in chosen)
-            _check(
-                good,
-                f"class labels {labels!r}",
-                f"whole numbers from 0 to {classes - 1}",
-                "pass --class-label 0",
-            )
-        total = len(prompts or chosen or [0]) * per_prompt
-        _check(
-            total <= MAX_IMAGES, f"{total} images in one call", f"at most {MAX_IMAGES}", "call once per batch"
-        )
-        return (
-            [p for p in prompts for _ in range(per_prompt)] if prompts else None,
-            [c for c in chosen for _ in range(per_prompt)] if chosen else None,
-        )
-
-    def _guidance(self, scale: float | None) -> float:
-        if self.manifest.guidance.kind == "none":
-            _check(
-                scale in (None, 1, 1.0), f"guidance {scale!r} for a model without guidance", "1 or nothing"
-            )
-            return 1.0
-        scale = self.manifest.guidance.scale if scale is None else scale
-        _check(
-            isinstance(scale, int | float) and bool(np.isfinite(scale)),
-            f"guidance {scale!r}",
-            "a finite number",
-        )
-        return float(scale)
-
-    def _shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
-        sample = self.manifest.sample
-        height, width = height or sample.height, width or sample.width
-        size = f"{width}x{height} pixels"
-        if sample.fixed:
-            only = f"{sample.width}x{sample.height}, the only size of this bundle"
-            _check((height, width) == (sample.height, sample.width), size, only)
-        good = all(
-            type(s) is int and s > 0 and s % sample.multiple == 0 and s <= MAX_SIDE for s in (height, width)
-        )
-        _check(
-            good,
-            size,
-            f"multiples of {sample.multiple} up to {MAX_SIDE}",
-            f"try {sample.width}x{sample.height}",
-        )
-        return (sample.channels, height // sample.factor, width // sample.factor)
-
     def _condition(
         self,
         prompts: list[str] | None,
@@ -472,7 +366,7 @@ class Pipeline:
     def _encode(self, prompts: Sequence[str]) -> dict[str, Array]:
         """Each distinct prompt to float [1, tokens, features]."""
         spec = self.manifest.tokenizer
-        assert spec is not None, "_subjects refuses prompts for bundles without a tokenizer"
+        assert spec is not None, "subjects_of refuses prompts for bundles without a tokenizer"
         if self._tokenizer is None:
             start = time.perf_counter()
             self._tokenizer = _open_tokenizer(self.bundle.file(spec.file), spec)
@@ -480,7 +374,7 @@ class Pipeline:
         part = self.manifest.parts["text_encoder"]
         tokens = {prompt: self._tokenizer.encode(prompt) for prompt in prompts}
         for prompt, token in tokens.items():
-            _check(
+            check(
                 not token.truncated,
                 f"a prompt of {spec.max_length + token.truncated} tokens ({prompt[:40]!r}...)",
                 f"at most {spec.max_length} with begin and end marks",
@@ -513,8 +407,3 @@ def _to_pil(images: Array) -> list[Any]:
             raise
         raise MissingExtra.of("pillow", "onnx") from None
     return [to_image(pixels) for pixels in np.rint(images * 255).astype(np.uint8)]
-
-
-def _check(good: bool, found: str, expected: str, fix: str = "") -> None:
-    if not good:
-        raise BadInput(found, expected=expected, fix=fix)

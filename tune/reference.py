@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ class References:
 
     def make(self) -> Iterator[float]:
         """Run what is not there yet; yields how much of the whole is done."""
-        problem, long = self._empty(), self._plan()
+        problem, long = self.empty, self._plan()
         keep = _kept(long.states)
         with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -115,7 +116,7 @@ class References:
 
     def problem(self) -> Problem:
         """Raises FileNotFoundError before `make` came to its end."""
-        long, empty = self._plan(), self._empty()
+        long, empty = self._plan(), self.empty
         states = np.concatenate(
             [
                 np.load(self.path / f"noises-{begin:04d}.npy", allow_pickle=False)
@@ -134,9 +135,10 @@ class References:
         made = plan(
             "dpmpp_2m", self.setting.steps, process, grid, prediction=self.pipeline.manifest.prediction
         )
-        return self._empty().shipped(made)
+        return self.empty.shipped(made)
 
-    def _empty(self) -> Problem:
+    @cached_property
+    def empty(self) -> Problem:
         """The problem before anything is known of its targets."""
         manifest, n = self.pipeline.manifest, self.setting.noises
         shape = shape_of(manifest, None, None)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fewstep.runtime import SAMPLERS, Pipeline, randn
+from fewstep.runtime import Pipeline, randn
 from fewstep.runtime.errors import BadInput, Cancelled, PlanError
 
 CLASSES = {
@@ -29,7 +29,7 @@ def psnr(a, b):
     return 10 * np.log10(1 / max(np.mean((a.astype(np.float64) - b) ** 2), 1e-20))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", CLASSES)
 def test_the_same_seed_gives_diffusers_image(pipeline, tiny_sd, sampler):
     import diffusers
     import torch
