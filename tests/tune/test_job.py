@@ -95,7 +95,7 @@ def test_a_job_that_was_interrupted_ends_where_it_would_have(bundle, tmp_path):
     assert tuned(bundle, out=tmp_path / "again", workdir=tmp_path / "b").found == whole.found
 
 
-def test_ctrl_c_exits_130_leaves_no_bundle_and_the_same_line_goes_on(bundle, tmp_path, start):  # noqa: F811
+def test_ctrl_c_exits_130_leaves_no_bundle_and_keeps_what_is_done(bundle, tmp_path, start):  # noqa: F811
     line = ["tune", "plan", bundle, "--calls", "8", "--noises", "24", "--reference-steps", "300"]
     line += ["--batch", "1", "--out", tmp_path / "new", "--prompt", "a cat"]
     process = start(*line)
@@ -183,7 +183,21 @@ def test_prompts_are_read_from_a_file(tmp_path):
 
 def test_another_graph_than_the_bundles_is_refused(bundle, tmp_path):
     with Pipeline.from_pretrained(bundle) as pipeline:
-        problem = References(pipeline, FEW, tmp_path)._empty()
+        problem = References(pipeline, FEW, tmp_path).empty
         [call] = problem.rows([500.0, 0.0])
         with pytest.raises(PlanError, match="graph 'small'"):
             problem.x0(problem.starts[:1], replace(call, graph="small"), np.arange(1))
+
+
+def test_a_network_that_takes_whole_timesteps_gets_no_others(bundle, tmp_path):
+    opened = Bundle.open(bundle)
+    unet = opened.manifest.parts["unet"]
+    inputs = tuple(replace(t, dtype="int64") if t.name == "timestep" else t for t in unet.inputs)
+    parts = {**opened.manifest.parts, "unet": replace(unet, inputs=inputs)}
+    with Pipeline(Bundle(opened.path, replace(opened.manifest, parts=parts))) as pipeline:
+        problem = References(pipeline, FEW, tmp_path).empty
+        [call] = problem.rows([500.4, 0.0])
+        assert (call.timestep, call.t) == (499.0, 500.4)
+    with Pipeline(opened) as pipeline:
+        [call] = References(pipeline, FEW, tmp_path).empty.rows([500.4, 0.0])
+        assert call.timestep == pytest.approx(499.4)
