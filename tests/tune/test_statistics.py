@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fewstep.runtime import EDM, Plan, RectifiedFlow, plan
+from fewstep.runtime import EDM, DiscreteVP, Plan, RectifiedFlow, plan
 from fewstep.runtime.errors import BadInput, FewstepError, PlanError
 from fewstep.runtime.process import lam
 from fewstep.runtime.samplers.dpm_solver_v3 import Statistics
@@ -19,6 +19,7 @@ from fewstep.tune.v3 import measured_plan, v3_plan, variants
 from .mixture import MEANS, SD15, SPREADS, WEIGHTS, mixture_problem
 
 PROCESSES = {"vp": SD15, "edm": EDM(sigma_min=0.05), "flow": RectifiedFlow()}
+ZERO_SNR = DiscreteVP.from_betas(np.append(np.linspace(0.03, 0.11, 999) ** 2, 1.0))
 
 
 def measured(problem, state=None, **how):
@@ -64,20 +65,36 @@ def gaussian_problem(process, mean, s=0.4, dtype=np.float64, whole_timesteps=Fal
     )
 
 
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("process", [*PROCESSES.values(), ZERO_SNR], ids=[*PROCESSES, "zero_snr"])
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_a_gaussian_has_l_1_over_1_plus_s2_snr_and_s_twice_l_less_1(process, dtype):
     """sigma eps = sigma^2/v (x - alpha mean), so l = sigma^2/v = 1/(1 + s^2 e^2lam) and f = -l mean: s = (log l)',
     which is -2 s^2 e^2lam/(1 + s^2 e^2lam) = 2 (l - 1)."""
-    found = measured(gaussian_problem(PROCESSES[process], 1.0, dtype=dtype), knots=100)
+    found = measured(gaussian_problem(process, 1.0, dtype=dtype), knots=100)
     l = 1 / (1 + 0.16 * np.exp(2 * np.array(found.lam)))  # noqa: E741
     single = dtype == np.float32
     # differences reach 0.05 in single precision, 1e-3 in double
     assert np.array(found.l) == pytest.approx(l, abs=2e-3 if single else 1e-6)
     visible = l > 0.05  # f shrinks with l, down to rounding
     assert np.array(found.s)[visible] == pytest.approx(2 * (l - 1)[visible], abs=0.05 if single else 0.02)
-    ends = lam(PROCESSES[process], np.array([PROCESSES[process].t_max, 1.0]))
-    assert found.lam[0] >= max(ends[0], -5.0)
+    assert found.lam[0] >= max(float(lam(process, process.t_max)), -5.0)
+
+
+def test_probes_see_the_diagonal_of_a_jacobian_that_is_full():
+    """Correlated Gaussian data: dx0/dx = alpha C (alpha^2 C + sigma^2)^-1."""
+    problem, mix = gaussian_problem(SD15, 0.0), np.random.default_rng(2).normal(size=(4, 4))
+    spectrum, basis = np.linalg.eigh(mix @ mix.T)
+
+    def gains(t):
+        alpha, sigma = float(SD15.alpha(t)), float(SD15.sigma(t))
+        return alpha * spectrum / (alpha**2 * spectrum + sigma**2)
+
+    full = replace(problem, predict=lambda x, call, which: x @ (basis * gains(call.t)) @ basis.T)
+    found = measured(full, knots=6, probes=400)
+    l = [1 - np.mean(gains(t) * SD15.alpha(t)) for t in SD15.t_of_lam(found.lam)]  # noqa: E741
+    assert np.array(found.l) == pytest.approx(np.array(l), abs=0.02)  # 2,400 probes
+    once = measured(full, knots=6)
+    assert max(abs(np.array(once.l) - l)) > 0.02
 
 
 def test_what_is_linear_leaves_no_f_and_hence_no_s():
