@@ -14,11 +14,12 @@ from . import errors
 from .noise import Noise, randn
 from .plan import Plan, Time, plan
 from .process import EDM, DiscreteVP, Process, RectifiedFlow
-from .samplers import SAMPLERS, Step
+from .step import Step
 
 if TYPE_CHECKING:
     from .bundle import Bundle
     from .pipeline import Output, Pipeline
+    from .samplers import SAMPLERS
 
 __all__ = [
     "EDM",
@@ -38,11 +39,11 @@ __all__ = [
     "randn",
 ]
 
-_LAZY = {"Bundle": "bundle", "Output": "pipeline", "Pipeline": "pipeline"}
+_LAZY = {"Bundle": "bundle", "Output": "pipeline", "Pipeline": "pipeline", "SAMPLERS": "samplers"}
 
 
 def __getattr__(name: str) -> Any:
-    """The pipeline and what it needs are imported when first asked for; the mathematics alone stays light."""
+    """The pipeline, the samplers and what they need are imported when first asked for."""
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

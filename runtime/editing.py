@@ -13,11 +13,13 @@ from numpy.typing import ArrayLike
 
 from .errors import PlanError
 from .manifest import GridSpec
-from .plan import Plan, Time, choose
+from .plan import Plan, Time
 from .policy import predict
 from .process import Array, Process
-from .samplers import Denoise, Noise, Sampler, Step, ddim
+from .samplers import Sampler, ddim
+from .step import Denoise, Noise, Step
 from .times import Grid
+from .tracing import choose
 
 __all__ = ["Inverted", "ddcm", "edit_friendly", "from_image", "implicit_inversion", "keep"]
 

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from .backends import Session
-from .editing import keep
 from .errors import BadInput
 from .manifest import Manifest, PartSpec, SampleSpec
 from .noise import randn
 from .process import Array, process_from_json
-from .samplers import Denoise
+from .step import Denoise
 
 __all__ = ["Brought", "as_mask", "as_samples", "bring", "encode", "example_observation"]
 
@@ -30,7 +29,11 @@ class Brought:
     """1 where the image, the last of the arrays, is kept; None without a mask."""
 
     def keep(self, denoise: Denoise) -> Denoise:
-        return denoise if self.kept is None else keep(denoise, self.arrays[-1], self.kept)
+        if self.kept is None:
+            return denoise
+        from .editing import keep  # with the samplers it needs, for those who edit
+
+        return keep(denoise, self.arrays[-1], self.kept)
 
     def finish(self, x: Array) -> Array:
         """What is kept, exactly: a grid that ends at the first trained level leaves a trace of noise on it."""

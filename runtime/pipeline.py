@@ -26,7 +26,7 @@ from .noise import Noise
 from .plan import Plan
 from .process import Array
 from .request import check, choose_plan, guidance_of, shape_of, subjects_of
-from .samplers import Step
+from .step import Step
 
 __all__ = ["Output", "Pipeline", "StepDone"]
 

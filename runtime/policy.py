@@ -158,8 +158,8 @@ def with_time_shift(table: Plan, process: Process, *, window: float = 30.0, cuto
     30 and 300 are the paper's values for few-step solvers (its repository: 10 and 900 for DEIS, 5 and 550 for PNDM).
     Raises PlanError for a process without whole-numbered timesteps.
     """
-    from .plan import x0_conversion
     from .process import DiscreteVP
+    from .tracing import x0_conversion
 
     if not isinstance(process, DiscreteVP):
         raise PlanError("a time shift on a continuous process", expected="a discrete model")

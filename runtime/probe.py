@@ -20,9 +20,10 @@ import numpy as np
 
 from .errors import NotLinear, PlanError
 from .linear import Terms
-from .plan import Call, Plan, x0_conversion
+from .plan import Call, Plan
 from .policy import Clip, Policy, Threshold, with_policies
 from .process import Array
+from .tracing import x0_conversion
 
 NEGLIGIBLE = 1e-10
 """Coefficients this small against the largest of their row are rounding of what cancels exactly."""

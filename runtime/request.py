@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .editing import from_image
 from .errors import BadInput, PlanError
 from .grids import Grid, at_resolution
 from .manifest import Manifest
@@ -64,8 +64,12 @@ def choose_plan(
     if steps is None:
         named = times is None or isinstance(times, str) or callable(times)
         steps = (default.steps if default else 20) if named else len(np.asarray(times)) - 1
-    traced = plan if strength is None else partial(from_image, strength=strength)
-    return traced(
+    traced: Any = plan
+    if strength is not None:
+        from .editing import from_image
+
+        traced = partial(from_image, strength=strength)
+    made: Plan = traced(
         sampler or manifest.sampler,
         steps,
         process_from_json(manifest.process),
@@ -73,6 +77,7 @@ def choose_plan(
         prediction=manifest.prediction,
         grid=grid,
     )
+    return made
 
 
 def subjects_of(

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import ArrayLike
 
 from ..process import Array, Process
+from ..step import Denoise, Noise, Step
 
-Denoise = Callable[[Array, float], Array]
-Noise = Callable[[], Array]
+__all__ = ["NO_SIGNAL", "Denoise", "Noise", "Step", "frame", "frame_times", "noise_to_signal"]
 
 NO_SIGNAL = 1e-6
 """alpha at or below it counts as 0: x / alpha would lose the ten digits that float64 keeps above it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One new state on the way from noise to data."""
-
-    index: int
-    x: Array
-    """The state after this step, at times[index + 1]."""
-    x0: Array
-    """The network's latest guess of the clean sample: what a preview shows."""
 
 
 def frame(process: Process, times: ArrayLike) -> tuple[Array, Array]:

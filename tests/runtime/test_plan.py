@@ -8,9 +8,9 @@ import pytest
 
 from fewstep.runtime import EDM, SAMPLERS, DiscreteVP, Plan, RectifiedFlow, Time, plan
 from fewstep.runtime.errors import NotLinear, PlanError
-from fewstep.runtime.plan import x0_conversion
 from fewstep.runtime.samplers import Step
 from fewstep.runtime.times import make_times
+from fewstep.runtime.tracing import x0_conversion
 
 SD15 = DiscreteVP.from_schedule("scaled_linear", 0.00085, 0.012, 1000)
 

@@ -10,7 +10,6 @@ import torch
 
 from fewstep.runtime import EDM, DiscreteVP, Plan, plan
 from fewstep.runtime.errors import PlanError
-from fewstep.runtime.plan import x0_conversion
 from fewstep.runtime.policy import (
     Clip,
     LearnedVariance,
@@ -20,6 +19,7 @@ from fewstep.runtime.policy import (
     with_policies,
     with_time_shift,
 )
+from fewstep.runtime.tracing import x0_conversion
 
 from .exact import SD15
 
