@@ -152,22 +152,26 @@ def loss(problem: Problem, at: Coordinates, vector: Array, guide: float) -> tupl
         for begin in range(0, len(which), problem.batch):
             part = which[begin : begin + problem.batch]
             for step in problem.run(plan, part):
-                residual = _residual(problem, step.x, times, step.index + 1, part, guide)
-                total += float(np.sum(np.square(residual, dtype=np.float64)))
+                t, last = float(times[step.index + 1]), step.index + 1 == at.calls
+                if last or (guide != 0 and problem.trajectory is not None):
+                    wanted = _wanted(problem, t, last, part)
+                    total += float(np.sum(np.square(_distance(problem, step.x, t, last, wanted, guide))))
     except FewstepError:
         return np.inf, None
     return total, plan
 
 
-def _residual(problem: Problem, x: Array, times: Array, i: int, which: Array, guide: float) -> Array | float:
-    if i == len(times) - 1:
-        return np.asarray(x - problem.targets[which])
-    if guide == 0 or problem.trajectory is None:
-        return 0.0
-    t = float(times[i])
-    return np.asarray(
-        guide * (x / spread(problem.process, t) - problem.trajectory.unit(t, which)), dtype=np.float64
-    )
+def _wanted(problem: Problem, t: float, last: bool, which: Array) -> Array:
+    """Where the reference is at time t: the target at the end, on the way its state over its spread."""
+    if last:
+        return np.asarray(problem.targets[which])
+    assert problem.trajectory is not None, "without trajectories only the end is compared"
+    return problem.trajectory.unit(t, which)
+
+
+def _distance(problem: Problem, x: Array, t: float, last: bool, wanted: Array, guide: float) -> Array:
+    away = x - wanted if last else guide * (x / spread(problem.process, t) - wanted)
+    return np.asarray(away, dtype=np.float64)
 
 
 def normal_equations(
@@ -183,16 +187,17 @@ def normal_equations(
         for i, copies in enumerate(_sweep(problem, at, tables, part), start=1):
             if i < at.calls and (guide == 0 or problem.trajectory is None):
                 continue
-            rows = [
-                np.ravel(_residual(problem, copies.get(c, copies[0]), tables[c][0], i, part, guide))
-                for c in range(len(tables))
-            ]
-            residual = rows[0]
-            jacobian = (
-                (np.stack(rows[1:]) - residual) / steps[:, None] if at.size else np.zeros((0, residual.size))
-            )
-            gram += jacobian @ jacobian.T
-            slope += jacobian @ residual
+            references: dict[float, Array] = {}  # most copies share their time with the base
+            rows = []
+            for c, x in copies.items():
+                t = float(tables[c][0][i])
+                if t not in references:
+                    references[t] = _wanted(problem, t, i == at.calls, part)
+                rows.append(np.ravel(_distance(problem, x, t, i == at.calls, references[t], guide)))
+            residual, moved = rows[0], [c - 1 for c in copies if c > 0]
+            jacobian = (np.reshape(rows[1:], (-1, residual.size)) - residual) / steps[moved, None]
+            gram[np.ix_(moved, moved)] += jacobian @ jacobian.T
+            slope[moved] += jacobian @ residual
             total += float(residual @ residual)
     return gram, slope, total
 
