@@ -1,6 +1,6 @@
 """Samplers, grids and learned plans against the exact probability flow of a Gaussian mixture.
 
-    python benchmarks/mixture.py [--calls 4 5 6 8 10 15 20] [--starts 32 128] [--diffusers]
+    python benchmarks/mixture.py [--calls 4 5 6 8 10 15 20] [--starts 32 64 128] [--diffusers]
 
 Eight Gaussians in 16 dimensions, noised with Stable Diffusion's betas: the ideal denoiser is a formula, and the flow is
 solved by 4,000 Runge-Kutta steps from 256 starts. Every figure is the RMS error over those starts (learned plans: over
@@ -29,14 +29,18 @@ from fewstep.runtime.times import GRIDS
 from fewstep.tools.samplers import within
 from fewstep.tune.fit import begin, fit
 from fewstep.tune.learned import Coordinates, table_of
+from fewstep.tune.methods import METHODS
 from fewstep.tune.problem import Problem, long_run
+from fewstep.tune.search import Found, Search
 
 PROCESS = DiscreteVP.from_schedule("scaled_linear", 0.00085, 0.012, 1000)  # Stable Diffusion 1.x
 SEED, DIMENSIONS, COMPONENTS, STARTS = 20261120, 16, 8, 256
 CLOSE = 1.1
 """A default within a tenth of the best needs no searching for."""
+SEARCHED = (6, 10)
+"""Numbers of calls at which the other searches are run too."""
 LONG_HISTORY = 10
-"""Up to so many calls a learned plan may use every earlier prediction and has four beginnings; beyond, five and two."""
+"""Up to so many calls a learned plan may use every earlier prediction; beyond, five."""
 
 
 @dataclass(frozen=True)
@@ -124,13 +128,10 @@ def beginnings(ranked: list[dict[str, Any]], calls: int, count: int = 4) -> list
 def learn(problem: Problem, ranked: list[dict[str, Any]], calls: int, starts: int) -> dict[str, Any]:
     """Fit on three quarters of the starts, choose by the last quarter, test on all others."""
     clock = time.perf_counter()
-    mine = replace(
-        problem, starts=problem.starts[:starts], targets=problem.targets[:starts], fit=starts * 3 // 4
-    )
-    mine = long_run(mine, plan("dpmpp_2m", 200, PROCESS, "logsnr"))
+    mine = _mine(problem, starts)
     at = Coordinates(PROCESS, calls, calls if calls <= LONG_HISTORY else 5)
     states = []
-    for first in beginnings(ranked, calls, 4 if calls <= LONG_HISTORY else 2):
+    for first in beginnings(ranked, calls):
         *_, state = fit(mine, at, begin(mine, at, at.encode(*table_of(first, PROCESS))))
         states.append(state)
     state = min(states, key=lambda state: state.held_out)
@@ -151,6 +152,27 @@ def learn(problem: Problem, ranked: list[dict[str, Any]], calls: int, starts: in
         "seconds": time.perf_counter() - clock,
         "times": [call.t for call in learned.calls],
     }
+
+
+def searched(problem: Problem, calls: int, starts: int) -> list[dict[str, Any]]:
+    """Every search of `fewstep tune plan` as the command runs it, on the first starts, tested on the others."""
+    mine, rows, unseen = _mine(problem, starts), [], np.arange(starts, STARTS)
+    for name, method in METHODS.items():
+        clock = time.perf_counter()
+        *_, found = method(Search(mine, calls))
+        assert isinstance(found, Found), "the last event of a search"
+        rmse = problem.score(found.plan, unseen).rmse
+        seconds = time.perf_counter() - clock
+        rows.append({"method": name, "calls": calls, "starts": starts, "rmse": rmse, "seconds": seconds})
+    return rows
+
+
+def _mine(problem: Problem, starts: int) -> Problem:
+    """The first starts alone, three quarters of them to fit on, with the trajectories of a long run."""
+    mine = replace(
+        problem, starts=problem.starts[:starts], targets=problem.targets[:starts], fit=starts * 3 // 4
+    )
+    return long_run(mine, plan("dpmpp_2m", 200, PROCESS, "logsnr"))
 
 
 def _steps(row: dict[str, Any], calls: int) -> int:
@@ -261,7 +283,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--calls", type=int, nargs="+", default=[4, 5, 6, 8, 10, 15, 20])
-    parser.add_argument("--starts", type=int, nargs="*", default=[32, 128])
+    parser.add_argument("--starts", type=int, nargs="*", default=[32, 64, 128])
     parser.add_argument("--diffusers", action="store_true")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -286,14 +308,18 @@ def main() -> None:
                 flush=True,
             )
     ranked = defaults(tables)
+    other = [row for calls in SEARCHED for row in searched(problem, calls, 128)] if args.starts else []
+    for row in other:
+        print(f"{row['calls']:2} calls  {row['rmse']:.4f}  --method {row['method']}", flush=True)
     results = {
+        "searched": other,
         "diffusers": theirs,
         "fixed": {str(calls): rows[:20] for calls, rows in tables.items()},
         "learned": learned,
         "defaults": ranked[:20],
     }
     save("mixture", results)
-    (RESULTS / "mixture.md").write_text(report(tables, theirs, learned, ranked))
+    (RESULTS / "mixture.md").write_text(report(tables, theirs, learned, other, ranked))
     print(f"wrote {Path(RESULTS / 'mixture.md')}")
 
 
@@ -301,6 +327,7 @@ def report(
     tables: dict[int, list[dict[str, Any]]],
     theirs: dict[str, Any],
     learned: list[dict[str, Any]],
+    other: list[dict[str, Any]],
     ranked: list[dict[str, Any]],
 ) -> str:
     sizes = sorted({row["starts"] for row in learned})
@@ -323,6 +350,13 @@ def report(
             [row] = [row for row in learned if (row["calls"], row["starts"]) == (calls, n)]
             cells.append(f"{row['rmse']:.4f} ({row['ratio']:.2f})")
         lines.append(f"| {calls} | " + " | ".join(cells) + " |")
+    if other:
+        lines += ["", "## Every search of `fewstep tune plan`, on 128 starts", ""]
+        lines += ["| method | " + " | ".join(f"{calls} calls" for calls in SEARCHED) + " |"]
+        lines += ["|---|" + "---|" * len(SEARCHED)]
+        for name in METHODS:
+            cells = [f"{row['rmse']:.4f}" for row in other if row["method"] == name]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += [
         "",
         "## One default for all",
