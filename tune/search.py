@@ -139,7 +139,8 @@ def learned_plan(
         share = (state.stage + min(state.round / 12, 1.0)) / len(guides)
         yield Progress("fit", 0.3 + 0.7 * min(share, 1.0), _said([state]))
     made = at.plan(problem, np.array(state.best))
-    details = {"guides": list(guides), "history": HISTORY, "fitted_rmse": state.fitted}
+    fitted = problem.score(made, problem.fitted).rmse
+    details = {"guides": list(guides), "history": HISTORY, "fitted_rmse": fitted}
     yield found_or_fixed(search, made, ranked, details)
 
 

@@ -201,3 +201,13 @@ def test_a_network_that_takes_whole_timesteps_gets_no_others(bundle, tmp_path):
     with Pipeline(opened) as pipeline:
         [call] = References(pipeline, FEW, tmp_path).empty.rows([500.4, 0.0])
         assert call.timestep == pytest.approx(499.4)
+
+
+def test_the_command_run_takes_the_plan_by_name(bundle, tmp_path, capsys):
+    tuned(bundle, calls=2)
+    line = ["run", str(bundle), "-p", "a cat", "-o", str(tmp_path / "x.png"), "--json", "--plan"]
+    assert cli.main([*line, "learned-2"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["plan"], answer["sampler"], answer["steps"]) == ("learned-2", "learned", 2)
+    assert cli.main([*line, "learnd-2"]) == 2
+    assert "did you mean learned-2" in capsys.readouterr().err
