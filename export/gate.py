@@ -7,7 +7,7 @@ whole images are compared with the original pipeline's, equal seeds. The numbers
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,9 @@ def cases(part: Part, *, few: bool) -> dict[str, dict[str, Array]]:
         feeds = part.example.feeds(part.inputs, sizes, seed=number)
         name = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
         if "timestep" in feeds:
-            feeds["timestep"] = np.asarray(np.round(times), feeds["timestep"].dtype)
+            shape = feeds["timestep"].shape  # a graph of fixed sizes takes one time, whatever the batch here
+            times = times[: math.prod(shape)]
+            feeds["timestep"] = np.asarray(np.round(times), feeds["timestep"].dtype).reshape(shape)
             name += f", timestep {', '.join(f'{t:.0f}' for t in times)}"
         found[name] = feeds
     return found
@@ -159,15 +161,19 @@ def decibels(relative: float) -> float:
     return MAX_DB if relative == 0 else max(-MAX_DB, min(MAX_DB, -20 * math.log10(relative)))
 
 
-def judge_part(name: str, quality: PartQuality, target: Target) -> None:
-    """Raises GateFailed naming the part, its worst output and case, what was measured, the floor and what to relax."""
-    floor = target.quality
+def judge_part(name: str, quality: PartQuality, target: Target, precision: str = "float32") -> None:
+    """Raises GateFailed naming the part, its worst output and case, what was measured, the floor and what to relax.
+
+    precision  what the engine computed in here: floors differ
+    """
+    floor = target.quality[precision]
     if quality.relative_error > floor.part_relative_error or quality.snr_db < floor.part_snr_db:
         raise GateFailed(
             f"{name}: {quality.worst} differs from the original by {quality.relative_error:.2e} of its size "
-            f"({quality.snr_db:.1f} dB)",
+            f"({quality.snr_db:.1f} dB, {precision})",
             expected=f"at most {floor.part_relative_error:g}, at least {floor.part_snr_db:g} dB",
-            fix=f"fuse_attention = false or fewer passes in a --recipe, or relax [quality] of targets/{target.id}.toml",
+            fix=f"fuse_attention = false, another precision or fewer passes in a --recipe, or relax "
+            f"[quality.{precision}] of targets/{target.id}.toml",
         )
 
 
@@ -179,15 +185,15 @@ def psnr_db(right: Array, got: Array) -> float:
     return MAX_DB if mse == 0 else min(MAX_DB, -10 * math.log10(mse))
 
 
-def judge_pipeline(psnr: float, target: Target, plan: str) -> None:
-    """Raises GateFailed with the measured value and the floor."""
-    floor = target.quality.pipeline_psnr_db
+def judge_pipeline(psnr: float, target: Target, plan: str, precisions: Iterable[str] = ("float32",)) -> None:
+    """Raises GateFailed with the measured value and the floor, the lowest of those of the parts' `precisions`."""
+    floor = min(target.quality[precision].pipeline_psnr_db for precision in precisions)
     if not psnr >= floor:
         raise GateFailed(
             f"images differ from the original's with equal seeds: {psnr:.1f} dB ({plan})",
             expected=f"at least {floor:g} dB",
             fix="every part passed, so the plan or the scheduler's configuration is at fault: try --sampler, or lower "
-            f"[quality] in targets/{target.id}.toml",
+            f"[quality] of targets/{target.id}.toml",
         )
 
 

@@ -15,7 +15,7 @@ from ..runtime.errors import CheckpointError, MissingExtra
 from ..runtime.manifest import PartSpec
 from .retrace import as_traced, simplify
 
-__all__ = ["DEFAULT_OPSET", "Traced", "trace", "write", "write_plain"]
+__all__ = ["DEFAULT_OPSET", "Traced", "trace", "write", "write_graph", "write_plain"]
 
 DEFAULT_OPSET = 20
 """What torch.onnx.export writes when not told otherwise (torch 2.13): the export whose speed ours is compared with."""
@@ -65,10 +65,7 @@ def write(traced: Traced, folder: Path, *, opset: int, fuse_attention: bool = Tr
     fuse_attention  use ONNX Runtime's fused attention kernel
     The same part gives the same bytes. Raises CheckpointError where torch.onnx cannot translate the part.
     """
-    try:
-        from . import clean
-    except ModuleNotFoundError as error:
-        raise MissingExtra.of("onnx-ir", "export") from error
+    clean = _clean()
     graph = _translate(traced, opset)
     clean.spell_out_group_norm(graph)
     if fuse_attention:
@@ -78,9 +75,26 @@ def write(traced: Traced, folder: Path, *, opset: int, fuse_attention: bool = Tr
     return _save(traced.part, graph, folder)
 
 
+def write_graph(traced: Traced, folder: Path, *, opset: int) -> Path:
+    """Write folder/model.onnx for another converter to read: standard operators, whole ones where there are any."""
+    clean, graph = _clean(), _translate(traced, opset)
+    clean.tidy(graph)
+    clean.strip(graph)
+    _save(traced.part, graph, folder)
+    return folder / "model.onnx"
+
+
 def write_plain(traced: Traced, folder: Path) -> PartSpec:
     """The un-optimized export: the operators torch.onnx.export writes when told nothing."""
     return _save(traced.part, _translate(traced, DEFAULT_OPSET), folder)
+
+
+def _clean() -> Any:
+    try:
+        from . import clean
+    except ModuleNotFoundError as error:
+        raise MissingExtra.of("onnx-ir", "export") from error
+    return clean
 
 
 def _save(part: Part, graph: Any, folder: Path) -> PartSpec:

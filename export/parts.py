@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import pickle
+import platform
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..model.libraries import torch
 from ..model.model import Model, Part
+from ..runtime.backends import runs_in
 from ..runtime.manifest import Manifest, PartSpec
 from ..targets import Target
-from . import child, gate, onnx
+from . import child, gate, onnx, openvino
 from .plans import plan_of
 from .preflight import LARGE_BYTES
 
-__all__ = ["Lowered", "check", "check_pipeline", "lower"]
+__all__ = ["Lowered", "check", "check_pipeline", "fixed", "here", "lower"]
 
 GATE_STEPS = 2
 """Steps the gate draws with where one forward takes seconds: two, so that a step feeds another."""
@@ -32,11 +35,41 @@ class Lowered:
     """Whether that was a process of its own."""
 
 
-@dataclass(frozen=True)
-class _Options:
-    opset: int
-    fuse_attention: bool
-    optimize: bool
+def fixed(model: Model) -> Model:
+    """The model at its default size and one sample a call, for devices that take no free sizes."""
+    sample = model.sample
+    parts = {}
+    for part in model:
+        sizes = part.example.default_sizes() | {
+            "batch": 1,  # a guided call runs twice: it is the one batch that serves every call
+            "out_height": sample.height,
+            "out_width": sample.width,
+        }
+        ends = (
+            tuple(
+                replace(
+                    spec, shape=tuple(axis if isinstance(axis, int) else sizes[axis] for axis in spec.shape)
+                )
+                for spec in specs
+            )
+            for specs in (part.inputs, part.outputs)
+        )
+        inputs, outputs = ends
+        example = replace(part.example, sizes={axis: (size,) for axis, size in sizes.items()})
+        parts[part.name] = replace(part, inputs=inputs, outputs=outputs, example=example)
+    return replace(model, parts=parts, sample=replace(sample, fixed=True))
+
+
+def here(spec: PartSpec, target: Target) -> tuple[PartSpec, str, bool]:
+    """The spec as this host can run it, the precision that gives, and whether this is such a device as the target.
+
+    Where it is not, the very graph runs on this host's CPU: that proves the conversion, not the device.
+    """
+    local = spec if runs_in(spec) is not None else replace(spec, device="cpu")
+    precision = runs_in(local)
+    assert precision is not None, "every host has a CPU"
+    same = local is spec and target.device.machine in ("any", platform.machine())
+    return local, precision, same
 
 
 def lower(
@@ -48,30 +81,38 @@ def lower(
     the machine holds its weights once.
     """
     began = time.perf_counter()
-    options = _Options(target.backend.opset, target.recipe.fuse_attention, optimize)
     if part.weight_bytes() > LARGE_BYTES and part.portable:
         stored = _store(part, work / f"{part.name}.pt")
         done = child.call(
-            _lower_stored, stored, replace(part, module=None), folder, baseline, options, work=work
+            _lower_stored, stored, replace(part, module=None), folder, baseline, target, optimize, work=work
         )
         return Lowered(done.value, time.perf_counter() - began, done.peak_rss_bytes, True)
-    spec = _lower_here(part, folder, baseline, options)
+    spec = _lower_here(part, folder, baseline, target, optimize)
     return Lowered(spec, time.perf_counter() - began, child.peak_rss_bytes(), False)
 
 
 def _lower_stored(
-    stored: Path, part: Part, folder: Path, baseline: Path | None, options: _Options
+    stored: Path, part: Part, folder: Path, baseline: Path | None, target: Target, optimize: bool
 ) -> PartSpec:
-    return _lower_here(replace(part, module=_load(stored)), folder, baseline, options)
+    return _lower_here(replace(part, module=_load(stored)), folder, baseline, target, optimize)
 
 
-def _lower_here(part: Part, folder: Path, baseline: Path | None, options: _Options) -> PartSpec:
-    traced = onnx.trace(part)
+def _lower_here(part: Part, folder: Path, baseline: Path | None, target: Target, optimize: bool) -> PartSpec:
+    traced, recipe = onnx.trace(part), target.recipe
     if baseline is not None:
         onnx.write_plain(traced, baseline)
-    if not options.optimize:
+    if not optimize:
         return onnx.write_plain(traced, folder)
-    return onnx.write(traced, folder, opset=options.opset, fuse_attention=options.fuse_attention)
+    if target.backend.engine == "openvino":
+        return openvino.write(
+            traced,
+            folder,
+            opset=target.backend.opset,
+            weights=recipe.weights,
+            precision=recipe.precision,
+            device=target.device.kind,
+        )
+    return onnx.write(traced, folder, opset=target.backend.opset, fuse_attention=recipe.fuse_attention)
 
 
 def check(part: Part, spec: PartSpec, graph: Path, work: Path) -> tuple[gate.PartQuality, int | None]:
@@ -92,12 +133,22 @@ def check(part: Part, spec: PartSpec, graph: Path, work: Path) -> tuple[gate.Par
 
 
 def check_pipeline(
-    model: Model, manifest: Manifest, folder: Path, sampler: str, steps: int, target: Target, work: Path
+    model: Model,
+    manifest: Manifest,
+    folder: Path,
+    sampler: str,
+    steps: int,
+    target: Target,
+    precisions: Collection[str],
+    work: Path,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The whole pipeline against the original with equal seeds: what was measured, and the golden latent.
 
     Against diffusers where the plan is that of the model's own scheduler, otherwise against the torch modules run
     by the same plan. A dear model draws one image in few steps: GATE_STEPS. Raises GateFailed.
+
+    manifest    with its parts as this host runs them
+    precisions  what it computes them in
     """
     large = any(part.weight_bytes() > LARGE_BYTES for part in model)
     dear = any(part.work() > gate.DEAR for part in model)
@@ -118,7 +169,7 @@ def check_pipeline(
     )
     psnr = gate.psnr_db(wanted, images)
     name = shown.plans["default"]["sampler"]
-    gate.judge_pipeline(psnr, target, f"{name}, {steps} steps")
+    gate.judge_pipeline(psnr, target, f"{name}, {steps} steps", precisions)
     measured = {
         "psnr_db": round(psnr, 1),
         "sampler": name,

@@ -14,6 +14,7 @@ from typing import Any
 from ..model import Context, Model, Pass, load
 from ..model.families import with_image_encoder
 from ..model.load import Summary, summarize
+from ..runtime.backends import require
 from ..runtime.bundle import Bundle, BundleWriter
 from ..runtime.errors import BadInput
 from ..runtime.files import remove, temporary_name
@@ -85,6 +86,7 @@ def export_bundle(
     device = load_target(target)
     if recipe is not None:
         device = device.with_recipe(Path(recipe))
+    require(device.backend.engine)
     steps = device.recipe.steps if steps is None else steps
     check_steps(steps)
     sampler = device.recipe.sampler if sampler is None else sampler
@@ -118,11 +120,15 @@ def export_bundle(
             if image_input:
                 model = with_image_encoder(model)
             model = _passes(model, Context(device, work))
+            if not device.limits.dynamic_shapes:
+                model = parts.fixed(model)
             if times is not None:
                 model = replace(model, grid=replace(model.grid, spacing=times))
                 sampler = traced_sampler(model) if sampler == "model" else sampler
             default = plan_of(model, sampler, steps)
             specs: dict[str, PartSpec] = {}
+            local: dict[str, PartSpec] = {}
+            precisions: dict[str, str] = {}
             quality: dict[str, Any] = {"parts": {}}
             speeds: dict[str, Any] = {}
             peaks: dict[str, int] = {}
@@ -137,7 +143,8 @@ def export_bundle(
                 lowered = parts.lower(
                     part, writer.folder / part.name, device, work, baseline, optimize=optimize
                 )
-                specs[part.name] = lowered.spec
+                local[part.name], precisions[part.name], same = parts.here(lowered.spec, device)
+                specs[part.name] = replace(lowered.spec, executed=same)
                 if lowered.separate:
                     peaks[f"lower {part.name}"] = lowered.peak_rss_bytes
                 clock.lap(f"lower {part.name}")
@@ -145,15 +152,17 @@ def export_bundle(
                 yield Progress(
                     f"gate {part.name}", begin + 0.7 * share, f"{gib(_size(graph.parent))} on disk"
                 )
-                checked, peak = parts.check(part, lowered.spec, graph, work)
+                checked, peak = parts.check(part, local[part.name], graph, work)
                 if peak is not None:
                     peaks[f"gate {part.name}"] = peak
-                gate.judge_part(part.name, checked, device)
-                quality["parts"][part.name] = checked.to_json()
+                gate.judge_part(part.name, checked, device, precisions[part.name])
+                quality["parts"][part.name] = {**checked.to_json(), "computed_in": precisions[part.name]}
                 clock.lap(f"gate {part.name}")
                 note = f"relative error {checked.relative_error:.1e} ({checked.snr_db:.0f} dB)"
                 yield Progress(f"speed {part.name}", begin + 0.9 * share, note)
-                if baseline is not None:
+                if not same:
+                    speeds[part.name] = {"verdict": f"not measured: this host is no {device.device.name}"}
+                elif baseline is not None:
                     speeds[part.name] = speed.measure(part, lowered.spec, graph, baseline / "model.onnx")
                     shutil.rmtree(baseline)
                 else:
@@ -167,7 +176,16 @@ def export_bundle(
             tokenizer = sidefiles.write_sidefiles(model, writer.folder)
             manifest = _manifest(model, device, specs, default, sampler, tokenizer)
             yield Progress("gate pipeline", 0.87, f"{default.sampler}, {default.steps} steps, equal seeds")
-            seen, golden = parts.check_pipeline(model, manifest, writer.folder, sampler, steps, device, work)
+            seen, golden = parts.check_pipeline(
+                model,
+                replace(manifest, parts=local),
+                writer.folder,
+                sampler,
+                steps,
+                device,
+                set(precisions.values()),
+                work,
+            )
             quality |= {"pipeline": seen, "golden": golden}
             clock.lap("gate pipeline")
             yield Progress("commit", 0.98, f"{seen['psnr_db']:.1f} dB against the original")
@@ -218,7 +236,7 @@ def _intentions(
         )
     for name in target.recipe.passes:
         yield Progress("pass", None, name)
-    floors = target.quality
+    floors = target.quality[target.recipe.precision]
     note = f"parts at least {floors.part_snr_db:g} dB, images at least {floors.pipeline_psnr_db:g} dB"
     yield Progress("gate", None, note)
     yield Progress("plan", None, f"{summary.scheduler if sampler == 'model' else sampler}, {steps} steps")
@@ -279,6 +297,7 @@ def _versions() -> dict[str, str]:
         "onnxscript",
         "onnx-ir",
         "onnxruntime",
+        "openvino",
     ):
         try:
             found[name] = version(name)

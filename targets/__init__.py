@@ -9,19 +9,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+from ..runtime.backends import EXTRAS
 from ..runtime.errors import BadInput
 
 __all__ = ["Backend", "Device", "Limits", "Quality", "Recipe", "Target", "known_targets", "load_target"]
 
 FOLDER = Path(__file__).parent
 
+KINDS = ("cpu", "gpu", "npu")
+MACHINES = ("any", "x86_64", "aarch64")
+PRECISIONS = ("float32", "bfloat16", "float16")
+"""What a manifest may say, too (runtime/manifest.py)."""
+
 
 @dataclass(frozen=True)
 class Device:
     name: str
     kind: str
-    """cpu, gpu, npu or phone."""
+    """cpu, gpu or npu: what the engine runs the graphs on."""
     memory_mib: int
+    machine: str = "any"
+    """What platform.machine() says there, x86_64 or aarch64: elsewhere a bundle is converted, not executed."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Backend:
 @dataclass(frozen=True)
 class Limits:
     precisions: tuple[str, ...]
+    """What the engine computes in there; a recipe picks one of them."""
     dynamic_shapes: bool
     """Whether batch and size stay free in the graphs."""
     peak_memory_mib: int
@@ -63,6 +72,10 @@ class Recipe:
     steps: int = 20
     fuse_attention: bool = True
     """Use the engine's fused attention kernel where it is one."""
+    precision: str = "float32"
+    """What the engine is asked to compute in. A host that lacks it computes in float32."""
+    weights: str = "float32"
+    """What weights are stored as: float32 or float16."""
 
 
 @dataclass(frozen=True)
@@ -72,22 +85,27 @@ class Target:
     device: Device
     backend: Backend
     limits: Limits
-    quality: Quality
+    quality: Mapping[str, Quality]
+    """Precision the gate's host computed in -> its floors."""
     recipe: Recipe = field(default_factory=Recipe)
 
     def to_json(self) -> dict[str, Any]:
         """Name and limits as the manifest of a bundle carries them."""
-        tables = ("device", "backend", "limits", "quality")
-        return {"id": self.id} | {table: _plain(dataclasses.asdict(getattr(self, table))) for table in tables}
+        tables = ("device", "backend", "limits")
+        plain = {table: _plain(dataclasses.asdict(getattr(self, table))) for table in tables}
+        floors = {precision: dataclasses.asdict(quality) for precision, quality in self.quality.items()}
+        return {"id": self.id, **plain, "quality": floors}
 
     def with_recipe(self, file: Path) -> Target:
         """This target with the [recipe] keys of another TOML file put over its own. Raises BadInput."""
         tables = _read(file)
         if set(tables) - {"recipe"}:  # the keys may stand alone or in a [recipe] table
             tables = {"recipe": tables}
-        return replace(
+        target = replace(
             self, recipe=_table(Recipe, tables.get("recipe", {}), file, "recipe", over=self.recipe)
         )
+        _check(target, file)
+        return target
 
 
 def known_targets() -> tuple[str, ...]:
@@ -106,10 +124,35 @@ def load_target(name: str) -> Target:
 def read_target(file: Path) -> Target:
     """Read any target file; see `load_target`."""
     tables = _read(file)
-    kinds = {"device": Device, "backend": Backend, "limits": Limits, "quality": Quality, "recipe": Recipe}
-    _same_keys(file, "top level", set(tables), set(kinds), set(kinds) - {"recipe"})
+    kinds = {"device": Device, "backend": Backend, "limits": Limits, "recipe": Recipe}
+    known = {*kinds, "quality"}
+    _same_keys(file, "top level", set(tables), known, known - {"recipe"})
     read = {name: _table(kind, tables.get(name, {}), file, name) for name, kind in kinds.items()}
-    return Target(file.stem, **read)
+    floors = tables["quality"]
+    if not isinstance(floors, Mapping):
+        raise BadInput(f"{file}: quality is {floors!r}", expected="a table [quality.float32]")
+    quality = {name: _table(Quality, table, file, f"quality.{name}") for name, table in floors.items()}
+    target = Target(file.stem, **read, quality=quality)
+    _check(target, file)
+    return target
+
+
+def _check(target: Target, file: Path) -> None:
+    """What the types do not say. Raises BadInput."""
+    limits, recipe = target.limits, target.recipe
+    for where, values, known in (
+        ("[device] kind", (target.device.kind,), KINDS),
+        ("[device] machine", (target.device.machine,), MACHINES),
+        ("[backend] engine", (target.backend.engine,), tuple(EXTRAS)),
+        ("[limits] precisions", limits.precisions, PRECISIONS),
+        ("[recipe] precision", (recipe.precision,), limits.precisions),
+        ("[recipe] weights", (recipe.weights,), ("float32", "float16")),
+        # a host without the recipe's precision computes in float32: both have floors
+        ("a precision without [quality]", (recipe.precision, "float32"), tuple(target.quality)),
+    ):
+        for value in values:
+            if value not in known:
+                raise BadInput(f"{file}: {where}: {value!r}", expected=" or ".join(known))
 
 
 def _read(file: Path) -> dict[str, Any]:

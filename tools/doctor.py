@@ -15,6 +15,7 @@ __all__ = ["add", "call", "kernels"]
 
 EXTRAS = {
     "onnx": ("onnxruntime", "tokenizers", "pillow", "rich"),
+    "openvino": ("openvino", "tokenizers", "pillow", "rich"),
     "export": ("torch", "diffusers", "transformers", "accelerate", "safetensors", "onnx", "onnxscript"),
 }
 """Extra of fewstep -> the libraries it brings, as pyproject.toml lists them."""
@@ -51,6 +52,7 @@ def call(args: argparse.Namespace) -> Answer:
         **host,
         "disk_free_bytes": free,
         "kernels": fast,
+        "openvino_devices": _openvino_devices(),
         "missing": missing,
         "advice": advice,
     }
@@ -58,9 +60,9 @@ def call(args: argparse.Namespace) -> Answer:
 
 
 def kernels(flags: dict[str, bool]) -> dict[str, dict[str, Any]]:
-    """Which of ONNX Runtime's CPU kernels (MLAS) these instruction sets get: precision -> {fast, why}.
+    """Which CPU kernels these instruction sets get: precision -> {fast, why}.
 
-    Empty where the flags are not known.
+    float32, int8 and float16 are ONNX Runtime's (MLAS), bfloat16 OpenVINO's. Empty where the flags are not known.
     """
     if not flags:
         return {}
@@ -86,11 +88,24 @@ def kernels(flags: dict[str, bool]) -> dict[str, dict[str, Any]]:
         ),
         "",
     )
+    bf16 = "AMX" if flags["amx_bf16"] else "AVX-512 BF16" if flags["avx512_bf16"] else ""
     return {
         "float32": {"fast": bool(wide), "why": wide or "no AVX2: several times slower"},
+        "bfloat16": {"fast": bool(bf16), "why": bf16 or "no AMX, no AVX-512 BF16: computed in float32"},
         "int8": {"fast": bool(int8), "why": int8 or "no VNNI: int8 is smaller here, hardly faster"},
         "float16": {"fast": False, "why": "computed in float32 on this processor: smaller, not faster"},
     }
+
+
+def _openvino_devices() -> list[str]:
+    """What OpenVINO could run a bundle on here: CPU, GPU, NPU."""
+    if version_of("openvino") is None:
+        return []
+    try:
+        from ..runtime.backends.openvino import devices
+    except ImportError:  # installed, but broken: `fewstep run` says how
+        return []
+    return devices()
 
 
 def _text(data: dict[str, Any]) -> str:
@@ -108,6 +123,7 @@ def _text(data: dict[str, Any]) -> str:
             (f"{precision} kernels", f"{'fast' if k['fast'] else 'slow'}: {k['why']}")
             for precision, k in data["kernels"].items()
         ),
+        ("OpenVINO", ", ".join(data["openvino_devices"]) or "not installed, or no device"),
         ("memory", memory),
         ("disk", f"{human_bytes(data['disk_free_bytes'])} free here"),
         ("power", power),

@@ -38,6 +38,7 @@ APPLE = {
 LIBRARIES = (
     "numpy",
     "onnxruntime",
+    "openvino",
     "tokenizers",
     "pillow",
     "rich",

@@ -39,6 +39,7 @@ def _bundle(path: Path) -> Answer:
         {
             "part": name,
             "engine": part.engine,
+            "device": part.device,
             "precision": part.precision,
             "executed": part.executed,
             "bytes": folders[part.graph.split("/")[0]],
@@ -73,7 +74,7 @@ def _bundle(path: Path) -> Answer:
         "files": len(manifest.files),
         "bytes": sum(folders.values()),
     }
-    cells = [(p["part"], p["engine"], p["precision"], human_bytes(p["bytes"])) for p in parts]
+    cells = [(p["part"], p["engine"], p["device"], p["precision"], human_bytes(p["bytes"])) for p in parts]
     tensors = [f"{p['part']}: {', '.join(p['inputs'])} -> {', '.join(p['outputs'])}" for p in parts]
     target = manifest.target.get("id") or "none named"
     traced = f"{manifest.sampler} on the {manifest.grid.spacing} grid"
@@ -85,7 +86,7 @@ def _bundle(path: Path) -> Answer:
     ]
     sections = [
         table([*head, ("on disk", f"{human_bytes(data['bytes'])} in {data['files']} files")]),
-        table(cells, ("part", "engine", "precision", "on disk")),
+        table(cells, ("part", "engine", "device", "precision", "on disk")),
         _listed("inputs -> outputs", tensors),
         table([p.values() for p in plans], ("plan", "sampler", "steps", "network calls")),
         _listed("history", [", ".join(f"{k}={v}" for k, v in flatten(entry)) for entry in manifest.history]),

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..errors import BadInput, MissingExtra
 from ..manifest import PartSpec
 
-__all__ = ["EXTRAS", "Session", "open_session", "runs_in"]
+__all__ = ["EXTRAS", "Session", "open_session", "require", "runs_in"]
 
 EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}
 """Engine -> the extra of fewstep that installs it. Adding an engine is a module beside this one and a line here."""
@@ -45,12 +45,17 @@ def open_session(path: Path, spec: PartSpec, *, threads: int | None = None) -> S
     return cast(Session, _backend(spec.engine).open_session(path, spec, threads=threads))
 
 
-def runs_in(spec: PartSpec) -> str:
-    """The precision this host computes the part in: the spec's, or float32 where its device lacks that.
+def runs_in(spec: PartSpec) -> str | None:
+    """The precision this host computes the part in: the spec's, or float32 where the device lacks that.
 
-    Raises as `open_session` does.
+    None where this host has no such device. Raises as `open_session` does for the engine.
     """
-    return str(_backend(spec.engine).runs_in(spec))
+    return cast("str | None", _backend(spec.engine).runs_in(spec))
+
+
+def require(engine: str) -> None:
+    """Raise what `open_session` would for an engine that is not there, before any work for it."""
+    _backend(engine)
 
 
 def _backend(engine: str) -> Any:

@@ -17,9 +17,9 @@ def library_version() -> str:
     return str(onnxruntime.__version__)
 
 
-def runs_in(spec: PartSpec) -> str:
+def runs_in(spec: PartSpec) -> str | None:
     """The graph's own types decide, on every host alike."""
-    return spec.precision
+    return spec.precision if spec.device == "cpu" else None
 
 
 class OnnxRuntimeSession:

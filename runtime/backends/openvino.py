@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..errors import BadInput, BundleError
 from ..manifest import PartSpec, TensorSpec
 
-__all__ = ["OpenVinoSession", "library_version", "open_session", "runs_in"]
+__all__ = ["OpenVinoSession", "devices", "library_version", "open_session", "runs_in"]
 
 HINTS = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 CAPABILITIES = {"float16": "FP16", "bfloat16": "BF16"}
@@ -39,23 +39,32 @@ def devices() -> list[str]:
     return list(_core().available_devices)
 
 
-def runs_in(spec: PartSpec) -> str:
-    """The precision this host computes the part in: what the spec asks for where the device has it, else float32."""
-    if spec.precision not in CAPABILITIES:
-        return "float32"
-    able = _core().get_property(_device(spec), "OPTIMIZATION_CAPABILITIES")
-    return spec.precision if CAPABILITIES[spec.precision] in able else "float32"
+def runs_in(spec: PartSpec) -> str | None:
+    """The precision this host computes the part in: the spec's where the device has it, else float32."""
+    device = spec.device.upper()
+    if device not in {name.partition(".")[0] for name in devices()}:
+        return None
+    needed = CAPABILITIES.get(spec.precision)
+    able = needed in _core().get_property(device, "OPTIMIZATION_CAPABILITIES")
+    return spec.precision if able else "float32"
 
 
 def open_session(path: Path, spec: PartSpec, *, threads: int | None = None) -> OpenVinoSession:
     """Read an IR; it is compiled at the first run, when the sizes are known."""
-    if spec.precision not in HINTS:
-        raise BundleError(f"{path.name}: precision {spec.precision!r}", expected=f"one of {', '.join(HINTS)}")
-    device = _device(spec)
+    device, precision = spec.device.upper(), runs_in(spec)
+    if precision is None:
+        raise BadInput(
+            f"OpenVINO finds no {device} on this host, only {', '.join(devices())}",
+            fix="install the device's driver, or export for another target (fewstep targets)",
+        )
     properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-    properties["INFERENCE_PRECISION_HINT"] = HINTS[runs_in(spec)]
-    if threads is not None and device == "CPU":
-        properties["INFERENCE_NUM_THREADS"] = threads
+    if device != "NPU":  # which computes in float16, and knows no such hint
+        properties["INFERENCE_PRECISION_HINT"] = HINTS[precision]
+    if device == "CPU":
+        # pinned threads wait for their core while another is free: 20 times slower beside other programs' threads
+        properties["ENABLE_CPU_PINNING"] = False
+        if threads is not None:
+            properties["INFERENCE_NUM_THREADS"] = threads
     weights = path.with_suffix(".bin")
     if path.suffix != ".xml":  # the engine would guess at the format, and the bundle's gate knows this one
         raise BundleError(
@@ -118,21 +127,12 @@ class OpenVinoSession:
         return request
 
 
-def _device(spec: PartSpec) -> str:
-    """OpenVINO's name of the device the spec asks for. Raises BadInput where this host has none."""
-    name = spec.device.upper()
-    found = devices()
-    if name not in {device.partition(".")[0] for device in found}:
-        raise BadInput(
-            f"OpenVINO finds no {name} on this host, only {', '.join(found)}",
-            fix="install the device's driver, or export for another target (fewstep targets)",
-        )
-    return name
-
-
 def _check(path: Path, found: Sequence[Any], expected: Sequence[TensorSpec]) -> None:
     """The names and types of inputs or outputs are those of the manifest."""
-    got = {tensor.get_any_name(): tensor.get_element_type().to_dtype().name for tensor in found}
+    got = {
+        min(tensor.get_names(), default="a nameless one"): tensor.get_element_type().to_dtype().name
+        for tensor in found
+    }
     wanted = {spec.name: spec.dtype for spec in expected}
     if got != wanted:
         raise BundleError(f"{path.name} has {got}", expected=f"{wanted}", fix="export the bundle again")

@@ -8,7 +8,7 @@ import pytest
 
 from fewstep.runtime import EDM
 from fewstep.runtime.errors import BundleError
-from fewstep.runtime.golden import TOLERANCE, compare_golden, golden_latent
+from fewstep.runtime.golden import TOLERANCES, compare_golden, golden_latent
 
 
 @dataclass
@@ -18,7 +18,14 @@ class Fake:
     error: float = 0.0
     shape: tuple[int, ...] = (1, 4, 8, 8)
 
-    manifest = SimpleNamespace(tokenizer=object(), classes=None, sampler="ddim", process=EDM().to_json())
+    precision: str = "float32"
+
+    @property
+    def manifest(self):
+        parts = {"unet": SimpleNamespace(precision=self.precision), "x": SimpleNamespace(precision="float32")}
+        return SimpleNamespace(
+            tokenizer=object(), classes=None, sampler="ddim", process=EDM().to_json(), parts=parts
+        )
 
     def __call__(self, prompt, *, class_labels, num_inference_steps, seed, sampler, output_type, observation):
         assert observation is None
@@ -34,7 +41,12 @@ def test_a_replay_on_the_same_engine_differs_by_the_stored_digits_only():
 @pytest.mark.parametrize("error", [0.1, np.nan, np.inf])
 def test_a_wrong_engine_is_beyond_the_tolerance(error):
     with np.errstate(invalid="ignore"):
-        assert compare_golden(Fake(error), golden_latent(Fake())) > TOLERANCE
+        assert compare_golden(Fake(error), golden_latent(Fake())) > TOLERANCES["float32"]
+
+
+def test_a_bundle_in_half_precision_leaves_room_for_a_host_without():
+    assert golden_latent(Fake())["tolerance"] == TOLERANCES["float32"]
+    assert golden_latent(Fake(precision="bfloat16"))["tolerance"] == TOLERANCES["bfloat16"]
 
 
 def test_another_shape_is_named():

@@ -1,3 +1,6 @@
+import json
+import math
+
 import pytest
 
 from fewstep.runtime.errors import BadInput
@@ -9,8 +12,13 @@ def test_every_target_file_is_complete(name):
     target = load_target(name)
     assert target.id == name
     assert target.limits.part_mib <= target.limits.peak_memory_mib <= target.device.memory_mib
-    assert target.quality.pipeline_psnr_db >= 50
+    assert target.recipe.precision in target.limits.precisions
+    for precision, floor in target.quality.items():
+        assert floor.pipeline_psnr_db >= (50 if precision == "float32" else 30)
+        # one floor, said twice
+        assert floor.part_snr_db == pytest.approx(-20 * math.log10(floor.part_relative_error), abs=0.1)
     assert target.to_json()["backend"]["engine"] == target.backend.engine
+    assert json.loads(json.dumps(target.to_json())) == target.to_json()
     for line in (FOLDER / f"{name}.toml").read_text().split("[limits]")[1].split("[recipe]")[0].splitlines():
         assert "=" not in line or "#" in line, f"{line}: a limit says where it comes from"
 
@@ -39,7 +47,7 @@ def test_a_target_is_a_name_not_a_path(name):
         (
             "memory_mib = 8192",
             "memory_mib = 8192\nram = 1",
-            r"\[device\] has unknown keys: ram; expected kind, memory_mib",
+            r"\[device\] has unknown keys: ram; expected kind, machine, memory_mib",
         ),
         ("memory_mib = 8192", "memory_mib = '8 GB'", r"\[device\] memory_mib is '8 GB'; expected int"),
         ("dynamic_shapes = true", "dynamic_shapes = 1", r"\[limits\] dynamic_shapes is 1; expected bool"),
@@ -49,6 +57,34 @@ def test_a_target_is_a_name_not_a_path(name):
             r"\[limits\] precisions is 32; expected a list of str",
         ),
         ("[device]", "[machine]", "top level has unknown keys: machine"),
+        ('kind = "cpu"', 'kind = "toaster"', r"\[device\] kind: 'toaster'; expected cpu or gpu or npu"),
+        (
+            'kind = "cpu"',
+            'kind = "cpu"\nmachine = "vax"',
+            r"machine: 'vax'; expected any or x86_64 or aarch64",
+        ),
+        (
+            'engine = "onnxruntime"',
+            'engine = "abacus"',
+            r"\[backend\] engine: 'abacus'; expected onnxruntime",
+        ),
+        (
+            'precisions = ["float32"]',
+            'precisions = ["float8"]',
+            r"\[limits\] precisions: 'float8'; expected float32",
+        ),
+        (
+            'precisions = ["float32"]',
+            'precisions = ["bfloat16"]',
+            r"\[recipe\] precision: 'float32'; expected bfloat16",
+        ),
+        ("[quality.float32]", "[quality.float16]", r"a precision without \[quality\]: 'float32'"),
+        ("[quality.float32]", "[quality]", r"quality.part_relative_error is 0.0001; expected a table"),
+        (
+            "fuse_attention = true",
+            'weights = "int3"',
+            r"\[recipe\] weights: 'int3'; expected float32 or float16",
+        ),
         ("[device]", "[device", "is not valid TOML"),
     ],
 )
@@ -71,6 +107,13 @@ def test_a_recipe_file_overrides_only_the_keys_it_has(tmp_path):
     assert changed.recipe.sampler == target.recipe.sampler
     file.write_text("steps = 9")  # the keys may stand alone
     assert target.with_recipe(file).recipe.steps == 9
+
+
+def test_a_recipe_file_may_not_ask_for_what_the_device_lacks(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('precision = "bfloat16"')
+    with pytest.raises(BadInput, match=r"mine.toml: \[recipe\] precision: 'bfloat16'; expected float32"):
+        load_target("laptop-cpu").with_recipe(file)
 
 
 def test_an_unknown_recipe_key_is_named(tmp_path):

@@ -154,6 +154,10 @@ def test_doctor_names_the_missing_extra_and_its_command(main, monkeypatch):
     assert data["missing"] == {"export": ["torch"]}
     assert data["advice"][0] == "torch not installed: pip install 'fewstep[export]'"
     assert "float32 kernels" in main("doctor")[1]
+    monkeypatch.setattr(doctor, "version_of", lambda name: None if name == "openvino" else "1.0")
+    data = json.loads(main("doctor", "--json")[1])
+    assert data["missing"] == {"openvino": ["openvino"]}
+    assert data["openvino_devices"] == []
 
 
 def test_kernels_follow_the_flags():
@@ -165,6 +169,8 @@ def test_kernels_follow_the_flags():
     assert kernels({**old, "avx2": True, "fma": True})["float32"] == {"fast": True, "why": "AVX2 and FMA"}
     assert not kernels({**old, "avx2": True, "fma": True})["int8"]["fast"]
     assert kernels({**old, "avx_vnni": True})["int8"]["why"] == "AVX-VNNI"
+    assert not kernels({**old, "avx512f": True})["bfloat16"]["fast"]
+    assert kernels({**old, "avx512_bf16": True})["bfloat16"] == {"fast": True, "why": "AVX-512 BF16"}
     arm = {**dict.fromkeys(ARM_FLAGS, False), "neon": True, "asimddp": True}
     assert kernels(arm)["int8"] == {"fast": True, "why": "dot product"}
     assert kernels({}) == {}

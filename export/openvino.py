@@ -1,0 +1,145 @@
+"""Lower one Part to OpenVINO IR: a graph in XML beside its weights, by the names optimum-intel gives them.
+
+Through the ONNX translation that export has anyway. OpenVINO reads that in 0.06 s with attention kept as one operator;
+converting the traced torch program gives a graph that is neither faster nor closer and takes 5 to 9 s a part (emoji-64,
+2026.4). Nor does reading send telemetry, which openvino.convert_model does.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from ..model.libraries import library
+from ..runtime.errors import CheckpointError, MissingExtra
+from ..runtime.manifest import PartSpec
+from .onnx import Traced, write_graph
+
+__all__ = ["GRAPH", "convert", "write"]
+
+GRAPH = "openvino_model.xml"
+
+
+def write(
+    traced: Traced,
+    folder: Path,
+    *,
+    opset: int,
+    weights: str = "float32",
+    precision: str = "float32",
+    device: str = "cpu",
+    model: Any = None,
+) -> PartSpec:
+    """Write folder/openvino_model.xml and .bin; returns the part's spec.
+
+    opset      the ONNX operator set it is read from
+    weights    what large constants are stored as: float32 or float16
+    precision  what the engine is asked to compute in
+    device     cpu, gpu or npu
+    model      an openvino.Model of this part to store instead, its weights compressed already for instance
+    The same part gives the same bytes. Raises CheckpointError where OpenVINO cannot read the translation.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if model is not None:
+        _save(model, folder / GRAPH, weights)
+    else:
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            _save(convert(traced, Path(work), opset=opset), folder / GRAPH, weights)
+    part, graph = traced.part, f"{traced.part.name}/{GRAPH}"
+    return PartSpec("openvino", graph, part.inputs, part.outputs, precision=precision, device=device)
+
+
+def convert(traced: Traced, work: Path, *, opset: int) -> Any:
+    """The part as an openvino.Model in float32, what a compression starts from; its weights are mapped from `work`."""
+    openvino, part = _openvino(), traced.part
+    core = openvino.Core()
+    try:
+        model = core.read_model(str(write_graph(traced, work, opset=opset)))
+        exact = _angles(model)
+        _reshape_by_name(model, exact)
+        openvino.save_model(model, str(work / "float32.xml"), compress_to_fp16=False)
+        _mark(work / "float32.xml", exact)
+        return core.read_model(str(work / "float32.xml"))
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"OpenVINO {openvino.__version__} cannot read the translation of {part.name} "
+            f"({' '.join(str(error).split())[-300:]})",
+            fix="export for an ONNX Runtime target, or report it with the model's configuration",
+        ) from error
+
+
+def _angles(model: Any) -> set[str]:
+    """Names of the nodes that make what sines and cosines are taken of: no half precision there.
+
+    A timestep of 999 is 1000 in bfloat16, and as an angle that is another one: of a small U-Net of random weights the
+    whole output was off by 0.13 of its size at the last step.
+    """
+    exact: set[str] = set()
+    for node in model.get_ordered_ops():
+        if node.get_type_name() not in ("Sin", "Cos"):
+            continue
+        above, rest = {node.get_friendly_name(): node}, [node]
+        while rest:
+            for port in rest.pop().inputs():
+                source = port.get_source_output().get_node()
+                if source.get_friendly_name() not in above:
+                    above[source.get_friendly_name()] = source
+                    rest.append(source)
+        if not {source.get_type_name() for source in above.values()} & {"MatMul", "Convolution"}:
+            exact |= above.keys()  # an angle of the network's own making is no better than the network
+    return exact
+
+
+def _reshape_by_name(model: Any, names: set[str]) -> None:
+    """Replace Unsqueeze of a vector by Reshape: the CPU plugin makes the one into the other and forgets the mark."""
+    operators = library("openvino.opset13")
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Unsqueeze" or node.get_friendly_name() not in names:
+            continue
+        axes, vector = node.input_value(1).get_node(), node.input_value(0)
+        if vector.get_partial_shape().rank.to_string() != "1" or axes.get_type_name() != "Constant":
+            continue
+        shape = np.ones(1 + axes.data.size, np.int64)
+        shape[[axis for axis in range(shape.size) if axis not in axes.data % shape.size]] = -1
+        same = operators.reshape(vector, operators.constant(shape), False)
+        same.set_friendly_name(node.get_friendly_name())
+        for port in node.output(0).get_target_inputs():
+            port.replace_source_output(same.output(0))
+
+
+def _mark(file: Path, names: set[str]) -> None:
+    """Mark layers of an IR as neither stored nor computed in half precision.
+
+    OpenVINO has no call for it but reads it from the file; its "from any type to float16" holds for bfloat16 as well.
+    """
+    tree = ElementTree.parse(file)
+    for layer in tree.iter("layer"):
+        if layer.get("name") in names and layer.get("type") != "Parameter" and layer.find("rt_info") is None:
+            mark = {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16"}
+            ElementTree.SubElement(ElementTree.SubElement(layer, "rt_info"), "attribute", mark)
+    tree.write(file, encoding="utf-8", xml_declaration=True)
+
+
+def _save(model: Any, file: Path, weights: str) -> None:
+    _name(model)
+    _openvino().save_model(model, str(file), compress_to_fp16=weights == "float16")
+
+
+def _name(model: Any) -> None:
+    """Nodes the reader made are numbered by a counter of the process; number them by their place in the graph."""
+    for number, node in enumerate(model.get_ordered_ops()):
+        made = re.fullmatch(r"(.*?)_\d+", node.get_friendly_name())
+        if made and made[1] == node.get_type_name():
+            node.set_friendly_name(f"{made[1]}_{number}")
+
+
+def _openvino() -> Any:
+    try:
+        return library("openvino")
+    except MissingExtra:
+        raise MissingExtra.of("openvino", "openvino") from None
