@@ -30,19 +30,8 @@ from fewstep.tools.samplers import within
 sys.path.insert(0, str(Path(__file__).parents[1] / "models/train"))
 CAPTIONS = Path(__file__).parents[1] / "models/emoji-64-scorer/captions.json"
 
-SAMPLERS = (
-    "ddim",
-    "heun",
-    "dpmpp_2s",
-    "dpmpp_2m",
-    "dpmpp_3m",
-    "dpmpp_3m_exact",
-    "dpm_solver_2m",
-    "unipc",
-    "unipc_3",
-    "deis",
-)
-GRIDS = ("trailing", "linspace", "logsnr", "karras", "arctan", "ays_sd15")
+SAMPLERS = ("ddim", "dpmpp_2s", "dpmpp_2m", "dpmpp_3m_exact", "unipc", "unipc_3", "ipndm", "heun")
+GRIDS = ("trailing", "logsnr", "karras", "ays_sd15", "ays_sdxl")
 REFERENCE_STEPS = 1000
 SEED = 5000
 BATCH = 32

@@ -19,6 +19,7 @@ from functools import partial
 
 from ..process import Array, Process
 from .adams import ipndm, lms, plms, pndm
+from .auto import auto
 from .bdia import bdia
 from .consistency import consistency, lcm, tcd
 from .ddim import ddim
@@ -42,6 +43,7 @@ from .usf import usf
 Sampler = Callable[[Denoise, Process, Array, Array, Noise], Iterator[Step]]
 
 SAMPLERS: dict[str, Sampler] = {
+    "auto": auto,
     "ddim": ddim,
     # exponential integrators on the noise prediction
     "dpm_solver_2s": dpm_solver_2s,
