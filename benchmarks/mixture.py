@@ -343,8 +343,8 @@ def report(
         "|---|---|---|---|" + "---|" * len(sizes),
     ]
     for calls, rows in tables.items():
-        other = theirs.get(str(calls))
-        cells = [f"{other['rmse']:.4f}" if other else "", f"{rows[0]['rmse']:.4f}"]
+        peer = theirs.get(str(calls))
+        cells = [f"{peer['rmse']:.4f}" if peer else "", f"{rows[0]['rmse']:.4f}"]
         cells.append(f"{rows[0]['sampler']} on {rows[0]['grid']}")
         for n in sizes:
             [row] = [row for row in learned if (row["calls"], row["starts"]) == (calls, n)]
