@@ -90,6 +90,7 @@ class References:
             "guidance": self._scale(),
             "setting": {**self.setting.__dict__, "guidance": None},
             "knots": KNOTS,
+            "plan": self._plan().to_json(),
         }
         digest = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
         return self.folder / digest[:16]
