@@ -23,7 +23,7 @@ from ..runtime.manifest import Manifest
 from ..runtime.pipeline import Pipeline
 from ..runtime.plan import Plan
 from .console import human_seconds, needs
-from .subjects import Subject, read_observation
+from .subjects import Subject, read_picture
 
 __all__ = [
     "Artist",
@@ -267,7 +267,7 @@ def _draw(
     running = artist.pipeline.generate(
         subject.prompt,
         class_labels=subject.label,
-        observation=None if subject.observation is None else read_observation(subject.observation),
+        observation=None if subject.observation is None else read_picture(subject.observation),
         guidance_scale=artist.guidance,
         height=size[0],
         width=size[1],

@@ -17,6 +17,7 @@ from .. import __version__
 from ..runtime.errors import BadInput, OutputError
 from ..runtime.pipeline import Pipeline
 from .console import Answer, add_threads, bar, human_seconds, needs
+from .subjects import read_picture
 
 __all__ = ["add", "call", "describe", "grid", "parameters"]
 
@@ -36,6 +37,16 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--times", metavar="GRID", help="time grid, for instance karras: see `fewstep samplers`"
     )
     parser.add_argument("--plan", metavar="NAME", help="a plan of the bundle: see `fewstep show`")
+    parser.add_argument(
+        "--image", metavar="FILE", help="start from this picture (needs a bundle that takes one)"
+    )
+    parser.add_argument(
+        "--strength", type=float, metavar="S", help="with --image: how much of the grid is run"
+    )
+    parser.add_argument("--mask", metavar="FILE", help="with --image: light where to paint anew")
+    parser.add_argument(
+        "--observation", metavar="FILE", help="the picture to restore, of a restoration model"
+    )
     parser.add_argument("--guidance", type=float, metavar="SCALE", help="1 switches guidance off")
     parser.add_argument("-s", "--seed", type=int, default=0, help="of the first image; the next has seed + 1")
     parser.add_argument("--count", type=int, default=1, help="how many images")
@@ -53,6 +64,14 @@ def call(args: argparse.Namespace) -> Answer:
         from ..runtime.backends.PIL import write_png
     pipeline = Pipeline.from_pretrained(args.bundle, low_memory=args.low_memory, threads=args.threads)
     digest = hashlib.sha256((args.bundle / "manifest.json").read_bytes()).hexdigest()
+    image, mask, observation = (
+        None if path is None else read_picture(path, option)
+        for path, option in (
+            (args.image, "--image"),
+            (args.mask, "--mask"),
+            (args.observation, "--observation"),
+        )
+    )
     written: list[dict[str, Any]] = []
     pictures = []
     with bar("run") as update:
@@ -70,6 +89,10 @@ def call(args: argparse.Namespace) -> Answer:
                 sampler=args.sampler,
                 times=args.times,
                 plan=args.plan,
+                image=image,
+                strength=args.strength,
+                mask_image=mask if mask is None or mask.ndim == 2 else mask[..., 0],
+                observation=observation,
                 output_type="np",
             )
             output = _drawn(drawing, partial(_share, update, i, args.count))

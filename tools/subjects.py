@@ -19,7 +19,7 @@ from ..runtime.process import process_from_json
 from .console import needs
 from .features import Scorer
 
-__all__ = ["PICTURES", "Subject", "make_subjects", "read_observation", "read_prompts"]
+__all__ = ["PICTURES", "Subject", "make_subjects", "read_picture", "read_prompts"]
 
 SCORER_PROMPTS = 64
 """Of a scorer's prompts, evenly spread, where the user names none."""
@@ -59,7 +59,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 @lru_cache(maxsize=2)
-def read_observation(path: str) -> NDArray[Any]:
+def read_picture(path: str, option: str = "--observation") -> NDArray[Any]:
     """A picture as [height, width, 3] in 0..1, or what a .npy file holds. Raises BadInput for anything else."""
     try:
         if path.endswith(".npy"):
@@ -72,7 +72,7 @@ def read_observation(path: str) -> NDArray[Any]:
         if isinstance(error, MissingExtra):
             raise
         raise BadInput(
-            f"--observation {path} cannot be read ({error})", expected="a picture, or a .npy file"
+            f"{option} {path} cannot be read ({error})", expected="a picture, or a .npy file"
         ) from None
 
 
@@ -111,7 +111,7 @@ def make_subjects(
             fix="pass --observation FILE.png, also repeatedly" if restores else "",
         )
     for observation in observations:
-        read_observation(observation)
+        read_picture(observation)
     if scorer:
         scorer.check(prompts)
     texts: Sequence[str | None] = prompts or [None]

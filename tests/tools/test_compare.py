@@ -26,7 +26,7 @@ from fewstep.tools.comparison import METRICS, judge, parse_floor
 from fewstep.tools.features import open_image_graph, open_scorer
 from fewstep.tools.pairs import How, Subject, open_artist, pairs
 from fewstep.tools.plots import curves
-from fewstep.tools.subjects import make_subjects, read_observation, read_prompts
+from fewstep.tools.subjects import make_subjects, read_picture, read_prompts
 
 
 def scaled(source, dest, factor):
@@ -443,12 +443,12 @@ def test_a_restoration_model_is_compared_on_what_it_restores(pixel_bundle, tmp_p
 def test_observations_are_pictures_or_arrays(tmp_path):
     pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
     to_image(pixels).save(tmp_path / "y.png")
-    assert read_observation(str(tmp_path / "y.png")) == pytest.approx(pixels / 255)
+    assert read_picture(str(tmp_path / "y.png")) == pytest.approx(pixels / 255)
     for name in ("none.png", "bad.png", "bad.npy"):
         if name.startswith("bad"):
             (tmp_path / name).write_bytes(b"neither")
         with pytest.raises(BadInput, match="cannot be read"):
-            read_observation(str(tmp_path / name))
+            read_picture(str(tmp_path / name))
 
 
 def test_prompts_come_from_a_file_too(tmp_path):

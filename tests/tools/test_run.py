@@ -223,3 +223,20 @@ def test_a_shift_that_depends_on_the_size_is_that_of_the_size_drawn(text_bundle)
             s = math.exp(0.1 * (tokens - 1))
             middle = pipeline.plan(2, height=sample.height, width=width).calls[1].t
             assert middle == pytest.approx(s / (1 + s))  # of t = 1/2
+
+
+def test_a_picture_to_start_from_stays_near_it_at_little_strength(draw, pixel_bundle, tmp_path):
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:8] = 255
+    Image.fromarray(pixels).save(tmp_path / "start.png")
+
+    def distance(*words):
+        assert draw("--steps", 10, *words, prompt=None, bundle=pixel_bundle)[0] == 0
+        return np.abs(opened(tmp_path / "x.png")[0].astype(float) - pixels).mean()
+
+    near = distance("--image", tmp_path / "start.png", "--strength", 0.1)
+    assert near < distance() / 2
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    code, _, err = draw("--image", tmp_path / "broken.png", prompt=None, bundle=pixel_bundle)
+    assert code == 2
+    assert "--image" in err
