@@ -23,7 +23,7 @@ __all__ = ["check_ir"]
 MAX_FILE = 64 << 20
 """Bytes of XML. The U-Net of SD-1.5 has 2 MiB."""
 MAX_LAYERS = 20_000
-"""The U-Net of SD-1.5 has 3,500."""
+"""The U-Net of SD-1.5 has 4,200."""
 MAX_DEPTH = 16
 MAX_BYTES = 2**40
 """Of one tensor, as in graphfile.py."""

@@ -83,7 +83,7 @@ def open_session(path: Path, spec: PartSpec, *, threads: int | None = None) -> O
 class OpenVinoSession:
     """A graph read by OpenVINO.
 
-    With sizes left free the engine is up to 1.4 times slower on small networks (benchmarks/x86.py), so the graph is
+    With sizes left free the engine takes 1.3 times as long on a small network (benchmarks/x86.py), so the graph is
     compiled for the sizes of the first run. A run at other sizes compiles it once more, with all sizes free.
     """
 
