@@ -207,7 +207,7 @@ def difference_steps(problem: Problem, at: Coordinates, vector: Array) -> Array:
     ones, which are not even smooth), far enough to rise above their rounding. Times move towards noise, since the
     cleanest may stand at its limit; with whole timesteps, by whole levels."""
     double = problem.starts.dtype == np.float64
-    steps = np.full(at.size, 1e-6 if double else 1e-2)
+    steps = np.full(at.size, 1e-6 if double else 1e-3)
     times, _ = at.decode(vector)
     for k, (earlier, t) in enumerate(pairwise(times[:-1])):
         if problem.whole_timesteps:

@@ -16,7 +16,7 @@ from ..runtime.plan import Plan, plan
 from ..runtime.progress import Progress
 from ..runtime.samplers import SAMPLERS
 from ..runtime.times import GRIDS
-from .fit import GUIDES, RACE_ROUNDS, Fit, begin, fit, race, winner
+from .fit import GUIDES, RACE_ROUNDS, ROUNDS, Fit, begin, fit, race, winner
 from .learned import Coordinates, table_of
 from .problem import Problem, Score
 
@@ -25,9 +25,10 @@ __all__ = [
     *("ranked_fixed", "recall", "remember"),
 ]
 
-FIXED_SAMPLERS = ("ddim", "dpmpp_2m", "dpmpp_3m_exact", "unipc_3", "ipndm")
+FIXED_SAMPLERS = ("ddim", "dpmpp_2s", "dpmpp_2m", "dpmpp_3s", "dpmpp_3m_exact", "unipc", "unipc_3", "ipndm")
 FIXED_GRIDS = ("trailing", "linspace", "karras", "logsnr", "arctan", "ays_sdxl")
-"""Between them they hold the best or nearly the best of all at every number of calls: benchmarks/mixture.py."""
+"""Between them they hold the best or nearly the best of all at every number of calls, without guidance
+(benchmarks/mixture.py) and with it (benchmarks/sampler_quality.py: singlestep ones at few calls)."""
 
 HISTORY = 10
 """Predictions a learned step may use, at most; with more the weights outnumber what 32 starts can tell."""
@@ -119,26 +120,38 @@ def learned_plan(
             yield event
     at = Coordinates(problem.process, search.calls, HISTORY)
     known = recall(search.state)
-    if "fit" in known:
-        state = Fit.from_json(known["fit"])
-    else:
-        states = [Fit.from_json(data) for data in known.get("race", [])]
-        states = states or [
-            begin(problem, at, at.encode(*table)) for table in _tables(problem, ranked, runners)
-        ]
-        for racing in race(problem, at, states, guides):
-            states = racing
-            remember(search.state, {"race": [state.to_json() for state in states]})
-            share = sum(state.round for state in states) / (RACE_ROUNDS * len(states))
-            yield Progress("race", 0.3 * min(share, 1.0), _said(states))
-        state = winner(states)
-        remember(search.state, {"fit": state.to_json()})
+    kept: dict[str, Any] = {}
+
+    def keep(**states: Any) -> None:
+        kept.update(states)
+        remember(search.state, kept)
+
+    states = [Fit.from_json(data) for data in known.get("race", [])]
+    states = states or [begin(problem, at, at.encode(*table)) for table in _tables(problem, ranked, runners)]
+    for racing in race(problem, at, states, guides):
+        states = racing
+        keep(race=[state.to_json() for state in states])
+        share = sum(state.round for state in states) / (RACE_ROUNDS * len(states))
+        yield Progress("race", 0.3 * min(share, 1.0), _said(states))
+    kept["race"] = [state.to_json() for state in states]
+    state = Fit.from_json(known["fit"]) if "fit" in known else winner(states)
     for moved in fit(problem, at, state, guides):
         state = moved
-        remember(search.state, {"fit": state.to_json()})
+        keep(fit=state.to_json())
         share = (state.stage + min(state.round / 12, 1.0)) / len(guides)
-        yield Progress("fit", 0.3 + 0.7 * min(share, 1.0), _said([state]))
-    made = at.plan(problem, np.array(state.best))
+        yield Progress("fit", 0.3 + 0.4 * min(share, 1.0), _said([state]))
+    kept["fit"] = state.to_json()
+    # the end error alone, from the best vector each beginning met: the way there is no aim in itself, and which
+    # beginning leads furthest is seen at the end only
+    polished = [Fit.from_json(data) for data in known.get("polish", [])]
+    for vector in list(dict.fromkeys([state.best, *(runner.best for runner in states)]))[len(polished) :]:
+        for last in fit(problem, at, begin(problem, at, np.array(vector)), (0.0,)):
+            share = (len(polished) + min(last.round / ROUNDS, 1.0)) / (len(states) + 1)
+            yield Progress("polish", 0.7 + 0.3 * min(share, 1.0), _said([*polished, last]))
+        polished.append(last)
+        keep(polish=[done.to_json() for done in polished])
+    best = min(polished, key=lambda done: done.held_out)
+    made = at.plan(problem, np.array(best.best))
     fitted = problem.score(made, problem.fitted).rmse
     details = {"guides": list(guides), "history": HISTORY, "fitted_rmse": fitted}
     yield found_or_fixed(search, made, ranked, details)
