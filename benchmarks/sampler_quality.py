@@ -1,6 +1,7 @@
 """How close each sampler and time grid comes to 1,000 steps on emoji-64, by network calls, and what the scorer says.
 
     python benchmarks/sampler_quality.py BUNDLE [--guidance 1 5] [--calls 4 6 10 20] [--captions 32] [--work DIR]
+    python benchmarks/sampler_quality.py BUNDLE --own --guidance 1      # the bundle's own plans alone
     python benchmarks/sampler_quality.py BUNDLE --retrieval dpmpp_2m/auto/6 learned-6 --guidance 3
 
 RMSE is of latents, PSNR of decoded pictures, both against dpmpp_2m with 1,000 steps from the same noise; the references
@@ -16,12 +17,12 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import save
+from common import RESULTS, save
 
 from fewstep.runtime import Pipeline, Plan
 from fewstep.runtime.errors import PlanError
@@ -73,35 +74,37 @@ def reference(pipeline: Pipeline, prompts: list[str], guidance: float, work: Pat
     return np.load(path)
 
 
+def plans(pipeline: Pipeline, args: argparse.Namespace) -> Iterator[tuple[str, str, Plan]]:
+    """(sampler, grid, plan) of everything that is measured."""
+    for name in pipeline.manifest.plans:
+        if name != "default":
+            yield name, "", pipeline.plan(name=name)
+    for calls in [] if args.own else args.calls:
+        for sampler in SAMPLERS:
+            for grid in GRIDS:
+                table = within(calls, sampler, lambda name, n: pipeline.plan(n, name, grid))  # noqa: B023
+                if table is not None:
+                    yield sampler, grid, table
+
+
 def sweep(pipeline: Pipeline, prompts: list[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for guidance in args.guidance:
         exact = reference(pipeline, prompts, guidance, args.work)
         pictures = pipeline.decode(exact)
+        for sampler, grid, table in plans(pipeline, args):
+            found = latents(pipeline, prompts, table, guidance)
+            rmse = float(np.sqrt(np.mean((found - exact) ** 2)))
+            mse = float(np.mean((pipeline.decode(found) - pictures) ** 2))
+            key = {"guidance": guidance, "calls": len(table.calls), "sampler": sampler, "times": grid}
+            yield {**key, "rmse": rmse, "psnr_db": 10 * np.log10(1 / mse)}
 
-        def measure(table: Plan) -> dict[str, float]:
-            found = latents(pipeline, prompts, table, guidance)  # noqa: B023 used before the loop goes on
-            rmse = float(np.sqrt(np.mean((found - exact) ** 2)))  # noqa: B023
-            mse = float(np.mean((pipeline.decode(found) - pictures) ** 2))  # noqa: B023
-            return {"rmse": rmse, "psnr_db": 10 * np.log10(1 / mse)}
 
-        for calls in args.calls:
-            for sampler in SAMPLERS:
-                for grid in GRIDS:
-                    table = within(calls, sampler, lambda name, n: pipeline.plan(n, name, grid))  # noqa: B023
-                    if table is not None:
-                        row = {"guidance": guidance, "calls": calls, "sampler": sampler, "times": grid}
-                        yield {**row, "steps": table.steps, **measure(table)}
-            for name in pipeline.manifest.plans:
-                table = pipeline.plan(name=name)
-                if name != "default" and len(table.calls) == calls:
-                    yield {
-                        "guidance": guidance,
-                        "calls": calls,
-                        "sampler": name,
-                        "times": "",
-                        "steps": calls,
-                        **measure(table),
-                    }
+def merged(name: str, rows: list[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows with those of earlier runs that they do not replace."""
+    path = RESULTS / f"{name}.json"
+    old = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    found = {tuple(row[key] for key in keys): row for row in [*old, *rows]}
+    return [found[key] for key in sorted(found)]
 
 
 def retrieval(pipeline: Pipeline, what: str, guidance: float) -> dict[str, Any]:
@@ -132,6 +135,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 5.0])
     parser.add_argument("--calls", type=int, nargs="+", default=[4, 5, 6, 8, 10, 15, 20])
     parser.add_argument("--captions", type=int, default=32)
+    parser.add_argument("--own", action="store_true", help="measure the bundle's own plans alone")
     parser.add_argument("--retrieval", nargs="+", metavar="PLAN")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "fewstep-sampler-quality")
     args = parser.parse_args()
@@ -142,20 +146,17 @@ def main() -> None:
             for what in args.retrieval:
                 rows.append(retrieval(pipeline, what, guidance))
                 print(json.dumps(rows[-1]), flush=True)
-        save("sampler-retrieval", {"rows": rows})
+        save("sampler-retrieval", {"rows": merged("sampler-retrieval", rows, ("guidance", "calls", "plan"))})
         return
     prompts = spread(core(), args.captions)
     for row in sweep(pipeline, prompts, args):
         rows.append(row)
         label = f"{row['sampler']}/{row['times']}" if row["times"] else row["sampler"]
-        print(
-            f"g {row['guidance']:g}  {row['calls']:2} calls  {label:26} {row['rmse']:.4f}  {row['psnr_db']:.2f} dB",
-            flush=True,
-        )
-    save(
-        "sampler-quality",
-        {"captions": len(prompts), "reference": f"dpmpp_2m, {REFERENCE_STEPS} steps", "rows": rows},
-    )
+        figures = f"{row['rmse']:.4f}  {row['psnr_db']:.2f} dB"
+        print(f"g {row['guidance']:g}  {row['calls']:2} calls  {label:26} {figures}", flush=True)
+    rows = merged("sampler-quality", rows, ("guidance", "calls", "sampler", "times"))
+    about = {"captions": len(prompts), "reference": f"dpmpp_2m, {REFERENCE_STEPS} steps"}
+    save("sampler-quality", {**about, "rows": rows})
 
 
 if __name__ == "__main__":
