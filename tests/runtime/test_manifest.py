@@ -56,7 +56,9 @@ def dynamic(**changes: Any) -> dict[str, Any]:
 
 def test_a_manifest_survives_json() -> None:
     assert Manifest.from_json(example().to_json()) == example()
-    grid = m.GridSpec("karras", 1, "sigma_min", 3.0, m.DynamicShift("linear"), 0.1, 0.03, 14.6, "leading", 5.0)
+    grid = m.GridSpec(
+        "karras", 1, "sigma_min", 3.0, m.DynamicShift("linear"), 0.1, 0.03, 14.6, "leading", 5.0
+    )
     shifted = dataclasses.replace(example(), grid=grid)
     assert Manifest.from_json(shifted.to_json()) == shifted
 

@@ -51,7 +51,9 @@ def test_order_of_accuracy(sampler, expected, process, low, high):
 def test_samplers_agree_on_the_clean_sample_of_a_point():
     """Data at one point: the ideal denoiser is that point, and every sampler must end there exactly."""
     point = np.array([[0.3, -1.2]])
-    for name in SAMPLERS.keys() - {"consistency"}:  # which is the identity at sigma_min, whatever the network says
+    for name in SAMPLERS.keys() - {
+        "consistency"
+    }:  # which is the identity at sigma_min, whatever the network says
         table = plan(name, 5, SD15)
         *_, last = table.run(lambda x, t: point, np.ones((1, 2)), lambda: np.ones((1, 2)))
         np.testing.assert_allclose(
