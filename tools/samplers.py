@@ -17,7 +17,7 @@ from ..runtime.pipeline import Pipeline
 from ..runtime.plan import Plan, plan
 from ..runtime.process import EDM, DiscreteVP, RectifiedFlow, process_from_json
 from ..runtime.samplers import SAMPLERS
-from ..runtime.times import GRIDS
+from ..runtime.times import GRIDS, find_grid
 from .console import Answer, add_threads, needs, table, watch
 
 __all__ = ["add", "call", "within"]
@@ -169,6 +169,8 @@ def _draw(pipeline: Pipeline, names: Sequence[str], args: argparse.Namespace) ->
             output_type="np",
         ).images[0]
 
+    if args.times != "auto":
+        find_grid(args.times)  # an unknown name, before `within` takes it for a plan that does not fit
     jobs: list[tuple[str, int, Plan]] = []
     for name in names:
         if name not in SAMPLERS:
