@@ -134,6 +134,8 @@ def learn(problem: Problem, ranked: list[dict[str, Any]], calls: int, starts: in
     for first in beginnings(ranked, calls):
         *_, state = fit(mine, at, begin(mine, at, at.encode(*table_of(first, PROCESS))))
         states.append(state)
+        *_, state = fit(mine, at, begin(mine, at, np.array(state.best)), (0.0,))  # as learned_plan ends
+        states.append(state)
     state = min(states, key=lambda state: state.held_out)
     unseen = np.arange(starts, STARTS)
     learned = at.plan(mine, np.array(state.best))

@@ -48,6 +48,8 @@ def plan_of(model: Model, sampler: str, steps: int) -> Plan:
             fix = f"pass --sampler with one of {', '.join(SAMPLERS)}, or switch that off in scheduler_config.json"
             raise NotLinear(error.found, expected=error.expected, fix=fix) from None
     name = traced_sampler(model) if sampler == "model" else sampler
+    if name == "auto" and model.guidance.kind != "none":
+        name = "auto_guided"
     return plan(name, steps, model.process, prediction=model.prediction, grid=_grid(model))
 
 

@@ -197,7 +197,14 @@ class Pipeline:
             plan
             if isinstance(plan, Plan)
             else self.plan(
-                num_inference_steps, sampler, times, plan, height=height, width=width, strength=strength
+                num_inference_steps,
+                sampler,
+                times,
+                plan,
+                height=height,
+                width=width,
+                strength=strength,
+                guidance_scale=guidance_scale,
             )
         )
         prompts, labels = subjects_of(self.manifest, prompt, class_labels, num_images_per_prompt)
@@ -273,12 +280,15 @@ class Pipeline:
         height: int | None = None,
         width: int | None = None,
         strength: float | None = None,
+        guidance_scale: float | None = None,
     ) -> Plan:
         """The plan a call with these arguments runs: one of the bundle's, or one traced for other steps or, where the
-        model's grid depends on it, another size.
+        model's grid depends on it, another size. Sampler "auto" is "auto_guided" for a call with guidance.
 
         Raises PlanError for unknown names, and for a named plan with steps, a sampler or a grid beside it.
         """
+        if sampler == "auto" and guidance_of(self.manifest, guidance_scale) != 1.0:
+            sampler = "auto_guided"
         return choose_plan(
             self.manifest, steps, sampler, times, name, height=height, width=width, strength=strength
         )

@@ -86,7 +86,7 @@ def choose(
     if isinstance(times, str) or callable(times):
         distilled = times == "auto" and name in ("lcm", "tcd") and isinstance(process, DiscreteVP)
         spacing = name if distilled else times
-        if name == times == "auto" and isinstance(process, DiscreteVP):
+        if times == "auto" and name.startswith("auto") and isinstance(process, DiscreteVP):
             spacing = "ays_sdxl"  # the best single grid of benchmarks/mixture.py
         if grid.final == "first" and not name.startswith(("ddim", "pndm", "plms")):
             grid = replace(grid, final="clean")  # set_alpha_to_one is read by these alone

@@ -19,7 +19,7 @@ from functools import partial
 
 from ..process import Array, Process
 from .adams import ipndm, lms, plms, pndm
-from .auto import auto
+from .auto import auto, auto_guided
 from .bdia import bdia
 from .consistency import consistency, lcm, tcd
 from .ddim import ddim
@@ -44,6 +44,7 @@ Sampler = Callable[[Denoise, Process, Array, Array, Noise], Iterator[Step]]
 
 SAMPLERS: dict[str, Sampler] = {
     "auto": auto,
+    "auto_guided": auto_guided,
     "ddim": ddim,
     # exponential integrators on the noise prediction
     "dpm_solver_2s": dpm_solver_2s,

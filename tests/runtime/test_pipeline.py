@@ -203,3 +203,8 @@ def test_a_run_never_imports_torch(tiny_bundle):
         f"from fewstep.runtime import Pipeline; Pipeline.from_pretrained({str(tiny_bundle)!r})('a', seed=1)"
     )
     assert not imported_by(code) & {"torch", "diffusers", "transformers", "onnx"}
+
+
+def test_auto_minds_guidance(pipeline):
+    assert pipeline.plan(6, "auto", guidance_scale=1.0).sampler == "auto"
+    assert pipeline.plan(6, "auto", guidance_scale=4.0).sampler == "auto_guided"

@@ -90,3 +90,14 @@ def test_ancestral_ddim_keeps_the_marginal_variance():
 def test_an_unknown_sampler_names_the_known_ones():
     with pytest.raises(PlanError, match="did you mean .*ddim"):
         plan("ddjm", 5, SD15)
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(4, "unipc_3"), (10, "unipc"), (20, "ipndm")])
+def test_auto_is_the_sampler_of_its_number_of_steps_on_the_ays_grid(steps, expected):
+    assert plan("auto", steps, SD15).calls == plan(expected, steps, SD15, "ays_sdxl").calls
+    assert plan("auto", steps, EDM()).calls == plan(expected, steps, EDM()).calls
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(6, "dpmpp_2s"), (10, "dpmpp_2m")])
+def test_auto_with_guidance_stays_at_second_order(steps, expected):
+    assert plan("auto_guided", steps, SD15).calls == plan(expected, steps, SD15, "ays_sdxl").calls
