@@ -27,7 +27,7 @@ from fewstep.runtime import SAMPLERS, DiscreteVP, Plan, plan
 from fewstep.runtime.errors import PlanError
 from fewstep.runtime.times import GRIDS
 from fewstep.tools.samplers import within
-from fewstep.tune.fit import begin, fit
+from fewstep.tune.fit import GUIDES, begin, fit
 from fewstep.tune.learned import Coordinates, table_of
 from fewstep.tune.methods import METHODS
 from fewstep.tune.problem import Problem, long_run
@@ -134,7 +134,7 @@ def learn(problem: Problem, ranked: list[dict[str, Any]], calls: int, starts: in
     for first in beginnings(ranked, calls):
         *_, state = fit(mine, at, begin(mine, at, at.encode(*table_of(first, PROCESS))))
         states.append(state)
-        *_, state = fit(mine, at, begin(mine, at, np.array(state.best)), (0.0,))  # as learned_plan ends
+        *_, state = fit(mine, at, begin(mine, at, np.array(state.best)), GUIDES[-1:])  # as learned_plan ends
         states.append(state)
     state = min(states, key=lambda state: state.held_out)
     unseen = np.arange(starts, STARTS)

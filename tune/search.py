@@ -141,11 +141,11 @@ def learned_plan(
         share = (state.stage + min(state.round / 12, 1.0)) / len(guides)
         yield Progress("fit", 0.3 + 0.4 * min(share, 1.0), _said([state]))
     kept["fit"] = state.to_json()
-    # the end error alone, from the best vector each beginning met: the way there is no aim in itself, and which
-    # beginning leads furthest is seen at the end only
+    # the last guide again, from the best vector each beginning met: which one leads furthest is seen at the end only.
+    # Without any guide, 24 starts were learned by heart: four times the best fixed error on the mixture at 10 calls
     polished = [Fit.from_json(data) for data in known.get("polish", [])]
     for vector in list(dict.fromkeys([state.best, *(runner.best for runner in states)]))[len(polished) :]:
-        for last in fit(problem, at, begin(problem, at, np.array(vector)), (0.0,)):
+        for last in fit(problem, at, begin(problem, at, np.array(vector)), guides[-1:]):
             share = (len(polished) + min(last.round / ROUNDS, 1.0)) / (len(states) + 1)
             yield Progress("polish", 0.7 + 0.3 * min(share, 1.0), _said([*polished, last]))
         polished.append(last)
