@@ -13,7 +13,6 @@ from ..runtime.grids import at_resolution
 from ..runtime.manifest import GridSpec
 from ..runtime.plan import Plan, plan
 from ..runtime.process import DiscreteVP
-from ..runtime.samplers import SAMPLERS
 
 __all__ = ["plan_of", "traced_sampler"]
 
@@ -45,7 +44,7 @@ def plan_of(model: Model, sampler: str, steps: int) -> Plan:
             with quiet():
                 return Plan.from_diffusers(_scheduler(model), steps, **_shift(model))
         except NotLinear as error:
-            fix = f"pass --sampler with one of {', '.join(SAMPLERS)}, or switch that off in scheduler_config.json"
+            fix = "pass --sampler auto or another (fewstep samplers), or switch that off in scheduler_config.json"
             raise NotLinear(error.found, expected=error.expected, fix=fix) from None
     name = traced_sampler(model) if sampler == "model" else sampler
     if name == "auto" and model.guidance.kind != "none":

@@ -229,7 +229,7 @@ def test_a_scheduler_that_is_no_table_is_refused_with_samplers_to_take(tiny_sd, 
     copy = shutil.copytree(tiny_sd, tmp_path / "copy")
     file = copy / "scheduler/scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"thresholding": True}))
-    refused(NotLinear, copy, tmp_path / "out" / "b", "DDIMScheduler", "pass --sampler with one of ddim")
+    refused(NotLinear, copy, tmp_path / "out" / "b", "DDIMScheduler", "pass --sampler auto")
 
 
 def test_damaged_weights_leave_nothing_behind(tiny_sd, tmp_path):
