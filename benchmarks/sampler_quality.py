@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -26,9 +27,9 @@ from common import RESULTS, save
 
 from fewstep.runtime import Pipeline, Plan
 from fewstep.runtime.errors import PlanError
+from fewstep.tools.features import Scorer, open_scorer
 from fewstep.tools.samplers import within
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "models/train"))
 CAPTIONS = Path(__file__).parents[1] / "models/emoji-64-scorer/captions.json"
 
 SAMPLERS = ("ddim", "dpmpp_2s", "dpmpp_2m", "dpmpp_3m_exact", "unipc", "unipc_3", "ipndm", "heun")
@@ -107,10 +108,7 @@ def merged(name: str, rows: list[dict[str, Any]], keys: Sequence[str]) -> list[d
     return [found[key] for key in sorted(found)]
 
 
-def retrieval(pipeline: Pipeline, what: str, guidance: float) -> dict[str, Any]:
-    import scorer
-    import torch
-
+def retrieval(pipeline: Pipeline, scorer: Scorer, what: str, guidance: float) -> dict[str, Any]:
     if "/" in what:
         sampler, grid, calls = what.split("/")
         table = within(int(calls), sampler, lambda name, n: pipeline.plan(n, name, grid))
@@ -118,12 +116,10 @@ def retrieval(pipeline: Pipeline, what: str, guidance: float) -> dict[str, Any]:
         table = pipeline.plan(name=what)
     if table is None:
         raise PlanError(f"no plan {what}", expected="sampler/grid/calls or a plan of the bundle")
-    model, captions = scorer.load()
     prompts = core()
     images = pipeline.decode(latents(pipeline, prompts, table, guidance))
-    wanted = torch.tensor([captions.index(prompt) for prompt in prompts])
-    ranks = scorer.ranks(model, captions, torch.from_numpy(images.transpose(0, 3, 1, 2) * 2 - 1), wanted)
-    shares = {"first": float((ranks == 0).float().mean()), "first_five": float((ranks < 5).float().mean())}
+    ranks = np.array([scorer.rank(picture, prompt) for picture, prompt in zip(images, prompts, strict=True)])
+    shares = {"first": float(np.mean(ranks == 0)), "first_five": float(np.mean(ranks < 5))}
     return {"plan": what, "guidance": guidance, "calls": len(table.calls), "captions": len(prompts), **shares}
 
 
@@ -142,9 +138,14 @@ def main() -> None:
     pipeline = Pipeline.from_pretrained(args.bundle)
     rows = []
     if args.retrieval:
+        folder = args.work / "scorer"
+        if not folder.exists():
+            script = Path(__file__).parents[1] / "models/train/export_scorer.py"
+            subprocess.run([sys.executable, str(script), str(folder)], check=True)
+        scorer = open_scorer(folder)
         for guidance in args.guidance:
             for what in args.retrieval:
-                rows.append(retrieval(pipeline, what, guidance))
+                rows.append(retrieval(pipeline, scorer, what, guidance))
                 print(json.dumps(rows[-1]), flush=True)
         save("sampler-retrieval", {"rows": merged("sampler-retrieval", rows, ("guidance", "calls", "plan"))})
         return
