@@ -25,6 +25,8 @@ from ..runtime.golden import golden_latent
 from ..runtime.manifest import FileSpec, Manifest, PartSpec
 from ..runtime.pipeline import Pipeline
 from ..targets import Target
+from . import quality as metrics
+from .quality import MAX_DB
 
 __all__ = [
     *("MAX_DB", "SEED", "PartQuality", "cases", "compare", "draw", "draw_by_diffusers", "draw_by_torch"),
@@ -32,9 +34,6 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
-
-MAX_DB = 300.0
-"""Stands for "equal" where the error is 0: JSON has no infinity, and float64 itself ends at 313 dB."""
 
 DEAR = 10**10
 """Part.work above which fewer cases are tried: SD-1.5's U-Net has 3.5e12 and takes 7 core-seconds a forward, its
@@ -181,8 +180,7 @@ def psnr_db(right: Array, got: Array) -> float:
     """Peak signal to noise ratio of images in 0..1, over all of them."""
     if right.shape != got.shape or not np.isfinite(got).all():
         return -MAX_DB
-    mse = float(np.mean((right.astype(np.float64) - got.astype(np.float64)) ** 2))
-    return MAX_DB if mse == 0 else min(MAX_DB, -10 * math.log10(mse))
+    return metrics.psnr_db(right, got, peak=1.0)
 
 
 def judge_pipeline(psnr: float, target: Target, plan: str, precisions: Iterable[str] = ("float32",)) -> None:

@@ -106,7 +106,7 @@ def bench(
     command: Sequence[str] = (),
 ) -> Answer:
     """Measure `paths` and, in the same rounds, `baseline`; the report goes into `output` where given."""
-    labelled = _label([*paths, *([baseline] if baseline else [])])
+    labelled = label_paths([*paths, *([baseline] if baseline else [])])
     bundles = {label: Bundle.open(path, check="size") for label, path in labelled.items()}
     if output is not None:
         with output_errors(output):  # before minutes of measuring, not after
@@ -145,7 +145,7 @@ def bench(
     return Answer(report, text)
 
 
-def _label(paths: Sequence[Path]) -> dict[str, Path]:
+def label_paths(paths: Sequence[Path]) -> dict[str, Path]:
     """Folder names as labels; the parent's name too where two bundles share one."""
     names = [path.resolve().name for path in paths]
     twice = {name for name, count in Counter(names).items() if count > 1}

@@ -27,7 +27,7 @@ from ..runtime.bundle import Bundle
 from ..runtime.errors import BadInput, GateFailed
 from ..runtime.files import atomic_write, output_errors
 from ..runtime.manifest import NAME
-from .bench import _label
+from .bench import label_paths
 from .comparison import METRICS, Measured, Shortfall, judge, measure, parse_floor, shown, span, summarize
 from .comparison_page import render
 from .console import Answer, add_threads, note, positive, table, watch
@@ -131,7 +131,7 @@ def compare(
     graph = open_image_graph(features, threads) if features else None
     judge_of_prompts = open_scorer(scorer, threads) if scorer else None
     _check_floors(floors, features=graph is not None, scorer=judge_of_prompts is not None)
-    paths = _label([reference, *candidates])
+    paths = label_paths([reference, *candidates])
     checkpoint = reference if _is_checkpoint(reference) else None
     first, *rest = paths
     bundles = {name: Bundle.open(paths[name]) for name in (rest if checkpoint else paths)}

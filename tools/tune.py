@@ -12,6 +12,7 @@ from ..runtime.errors import BadInput
 from ..runtime.progress import Progress
 from ..tune.methods import METHODS
 from .console import Answer, add_threads, human_seconds, needs, watch
+from .subjects import read_prompts
 
 __all__ = ["add", "call"]
 
@@ -51,10 +52,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 def call(args: argparse.Namespace) -> Answer:
     with needs("tune"):
         from ..tune.job import Tuned, tune_bundle
-        from ..tune.reference import Setting, read_prompts
+        from ..tune.reference import Setting
     if args.prompt and args.prompts:
         raise BadInput("--prompt and --prompts", expected="one or the other")
-    prompts = read_prompts(args.prompts) if args.prompts else tuple(args.prompt or ())
+    prompts = tuple(read_prompts(args.prompts) if args.prompts else args.prompt or ())
     setting = Setting(args.noises, prompts, args.guidance, args.reference_steps, args.seed, args.batch)
     began = time.perf_counter()
     with needs("tune"):

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from ..runtime.errors import PlanError
+from ..runtime.grids.levels import lowest
 from ..runtime.plan import Plan, plan
 from ..runtime.process import Array
 from ..runtime.progress import Progress
 from ..runtime.samplers import SAMPLERS
-from .problem import Problem, t_min
+from .problem import Problem
 from .search import (
     FIXED_SAMPLERS,
     Candidate,
@@ -113,12 +114,7 @@ def grid_plan(search: Search) -> Iterator[Progress | Found]:
     The bound is not the error, so after every sweep the grid is tried, and the descent ends when it got worse twice.
     """
     problem, calls = search.problem, search.calls
-    ranked: list[Candidate] = []
-    for event in ranked_fixed(search):
-        if isinstance(event, list):
-            ranked = event
-        else:
-            yield event
+    ranked = yield from ranked_fixed(search)
     bound = Bound(problem, search.seed)
     state = recall(search.state)
     levels = np.array(state["levels"]) if state else arctan_levels(problem, min(calls, COARSE))
@@ -199,6 +195,6 @@ def _ends(problem: Problem) -> tuple[float, float]:
             expected="a process with some signal at its noisiest time",
             fix="use --method learned or evolution",
         )
-    times = np.array([process.t_max, t_min(process)])
+    times = np.array([process.t_max, lowest(process)])
     high, low = process.sigma(times) / process.alpha(times)
     return float(high), float(low)

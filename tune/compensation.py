@@ -16,7 +16,7 @@ from ..runtime.progress import Progress
 from ..runtime.samplers.unipc import unipc
 from ..runtime.times import make_times
 from .problem import Problem, spread
-from .search import FIXED_GRIDS, Candidate, Found, Search, found_or_fixed, ranked_fixed
+from .search import FIXED_GRIDS, Found, Search, found_or_fixed, ranked_fixed
 
 __all__ = ["BOUNDS", "compensated_plan", "ratios_of"]
 
@@ -33,12 +33,7 @@ def compensated_plan(search: Search) -> Iterator[Progress | Found]:
     if search.calls < 3:
         raise BadInput(f"{search.calls} calls", expected="at least 3: a ratio needs three predictions")
     problem = search.problem
-    ranked: list[Candidate] = []
-    for event in ranked_fixed(search):
-        if isinstance(event, list):
-            ranked = event
-        else:
-            yield event
+    ranked = yield from ranked_fixed(search)
     times, order = _grid(problem, search.calls)
     yield Progress("compensation", 0.1, f"UniPC of order {order}")
     ratios = [1.0] * search.calls

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from ..runtime.errors import BadInput, FewstepError
+from ..runtime.grids.levels import lowest
 from ..runtime.plan import Plan, plan
 from ..runtime.process import Array, DiscreteVP, Process
 from ..runtime.process import lam as log_snr
 from ..runtime.progress import Progress
-from .problem import Problem, t_min
+from .problem import Problem
 from .search import Candidate, Found, Search, found_or_fixed, ranked_fixed, recall, remember
 
 __all__ = ["Genome", "crossover", "evolved_plan", "mutate", "pool_of"]
@@ -45,7 +46,7 @@ def pool_of(process: Process) -> Array:
     """The times a candidate chooses from, noisiest first: the trained levels, or a thousand even in log-SNR."""
     if isinstance(process, DiscreteVP):
         return np.arange(process.t_max, 0.0, -1.0)
-    high, low = log_snr(process, np.array([process.t_max * (1 - 1e-3), t_min(process)]))
+    high, low = log_snr(process, np.array([process.t_max * (1 - 1e-3), lowest(process)]))
     pool = np.asarray(process.t_of_lam(np.linspace(float(high), float(low), 1000)))
     return np.concatenate([[process.t_max], pool])
 
@@ -83,12 +84,7 @@ def evolved_plan(
         raise BadInput(
             f"a budget of {budget:g} for {search.calls} calls", expected="at least the cheapest graph's"
         )
-    ranked: list[Candidate] = []
-    for event in ranked_fixed(search):
-        if isinstance(event, list):
-            ranked = event
-        else:
-            yield event
+    ranked = yield from ranked_fixed(search)
     pool, sampler = pool_of(problem.process), ranked[0].plan.sampler
     state = recall(search.state)
     rng = np.random.default_rng(search.seed)

@@ -13,11 +13,12 @@ from functools import partial
 import numpy as np
 
 from ..runtime.errors import PlanError
+from ..runtime.grids.levels import lowest
 from ..runtime.plan import Plan
 from ..runtime.process import Array, Process
 from ..runtime.process import lam as log_snr
 from ..runtime.samplers import Denoise, Noise, Step
-from .problem import Problem, t_min
+from .problem import Problem
 
 __all__ = ["Coordinates", "learned", "row_sums", "table_of"]
 
@@ -92,7 +93,7 @@ class Coordinates:
     def project(self, vector: Array) -> Array:
         """The nearest vector with all times below the cleanest one a network is asked about, so that a step may run
         along that limit."""
-        last = float(log_snr(self.process, t_min(self.process)))
+        last = float(log_snr(self.process, lowest(self.process)))
         inner = vector[: self.calls - 1]
         inner = np.minimum(inner, last - MIN_GAP * np.arange(len(inner))[::-1])
         return np.concatenate([inner, vector[self.calls - 1 :]])

@@ -15,10 +15,10 @@ from numpy.typing import ArrayLike
 
 from ..runtime.errors import PlanError
 from ..runtime.plan import Call, Plan, Time
-from ..runtime.process import Array, DiscreteVP, Process
+from ..runtime.process import Array, Process
 from ..runtime.samplers import Step, ddim
 
-__all__ = ["Predict", "Problem", "Score", "Trajectory", "long_run", "spread", "t_min"]
+__all__ = ["Predict", "Problem", "Score", "Trajectory", "long_run", "spread"]
 
 Predict = Callable[[Array, Call, Array], Array]
 """(x_t, the row of the plan that asks, which start each sample comes from) -> estimate of x_0. Searches send perturbed
@@ -161,10 +161,3 @@ def long_run(problem: Problem, plan: Plan, knots: int = 65) -> Problem:
     states = [plan.start(problem.starts)]
     states += [step.x for step in problem.run(plan, everyone) if step.index + 1 in keep]
     return replace(problem, trajectory=Trajectory(problem.process, times[sorted(keep)], np.stack(states)))
-
-
-def t_min(process: Process) -> float:
-    """The cleanest time a network is asked about: the first trained level, or the least noise of the process."""
-    if isinstance(process, DiscreteVP):
-        return 1.0
-    return float(getattr(process, "sigma_min", process.t_max / 1000))  # the thousandth: as times.py

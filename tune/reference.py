@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..runtime.errors import BadInput, PlanError
 from ..runtime.files import atomic_write, output_errors
 from ..runtime.noise import Noise
 from ..runtime.pipeline import Pipeline
-from ..runtime.plan import Call, plan
+from ..runtime.plan import Call, Time, plan
 from ..runtime.process import Array, RectifiedFlow, process_from_json
 from ..runtime.request import guidance_of, shape_of
 from .problem import Problem, Trajectory
@@ -177,8 +177,6 @@ class References:
         def predict(x: Array, call: Call, which: Array) -> Array:
             if call.graph != "denoiser":
                 raise PlanError(f"graph {call.graph!r}", expected="denoiser, the only one of this bundle")
-            from ..runtime.plan import Time
-
             self.meter.samples += len(x)
             mine = {name: array[which] for name, array in condition.items()}
             none = None if nothing is None else {name: array[which] for name, array in nothing.items()}
@@ -190,15 +188,3 @@ class References:
 def _kept(states: int) -> set[int]:
     """Which states after a step are kept; the last one is."""
     return set(np.unique(np.linspace(0, states, KNOTS).astype(int))[1:].tolist())
-
-
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """One prompt a line; empty lines are skipped. Raises BadInput."""
-    try:
-        lines: Sequence[str] = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {path}: {error}", expected="a text file, one prompt a line") from None
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise BadInput(f"{path} holds no prompt", expected="one prompt a line")
-    return prompts

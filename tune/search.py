@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,8 @@ def fixed_plans(problem: Problem, calls: int) -> Iterator[Candidate]:
                 yield Candidate(made, grid, rmse)
 
 
-def ranked_fixed(search: Search) -> Iterator[Progress | list[Candidate]]:
-    """Every fixed plan, best first; from the state file where an interrupted run left them."""
+def ranked_fixed(search: Search) -> Generator[Progress, None, list[Candidate]]:
+    """Try every fixed plan; returns them best first."""
     found: list[Candidate] = []
     total = len(FIXED_GRIDS) * len(FIXED_SAMPLERS)
     for candidate in fixed_plans(search.problem, search.calls):
@@ -101,7 +101,7 @@ def ranked_fixed(search: Search) -> Iterator[Progress | list[Candidate]]:
         yield Progress("fixed plans", len(found) / total, note)
     if not found:
         raise PlanError(f"no fixed sampler makes {search.calls} calls on this process")
-    yield sorted(found, key=lambda candidate: candidate.rmse)
+    return sorted(found, key=lambda candidate: candidate.rmse)
 
 
 def learned_plan(
@@ -112,12 +112,7 @@ def learned_plan(
     runners  beginnings that race for the first rounds, each a fixed plan on another grid
     """
     problem = search.problem
-    ranked: list[Candidate] = []
-    for event in ranked_fixed(search):
-        if isinstance(event, list):
-            ranked = event
-        else:
-            yield event
+    ranked = yield from ranked_fixed(search)
     at = Coordinates(problem.process, search.calls, HISTORY)
     known = recall(search.state)
     kept: dict[str, Any] = {}

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 
 from ..runtime.errors import BadInput, FewstepError, MissingExtra
+from ..runtime.grids.levels import lowest
 from ..runtime.plan import Plan
 from ..runtime.process import Array, Process
 from ..runtime.progress import Progress
 from ..runtime.samplers import Denoise, Noise, Step
 from ..runtime.samplers.dpmpp import midpoint
 from ..runtime.samplers.exponential import Integrator, Point, Rule, first, taylor
-from .problem import Problem, t_min
+from .problem import Problem
 from .search import Candidate, Found, Search, found_or_fixed, ranked_fixed
 
 __all__ = ["TRIALS", "Decision", "decided", "solver_plan"]
@@ -117,7 +118,7 @@ def times_of(process: Process, gaps: Sequence[float]) -> Array:
     top = float(angles(process, np.array([process.t_max]))[0])
     inner = top * (1 - np.cumsum(sizes)[:-1] / sizes.sum())
     times = np.asarray(process.t_of_lam(-np.log(np.tan(inner))))
-    limit = t_min(process) * (1 + 1e-3 * np.arange(len(times))[::-1])
+    limit = lowest(process) * (1 + 1e-3 * np.arange(len(times))[::-1])
     return np.concatenate([[process.t_max], np.maximum(times, limit), [0.0]])
 
 
@@ -129,12 +130,7 @@ def solver_plan(search: Search, *, trials: int = TRIALS) -> Iterator[Progress | 
         raise MissingExtra.of("optuna", "tune") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     problem, calls = search.problem, search.calls
-    ranked: list[Candidate] = []
-    for event in ranked_fixed(search):
-        if isinstance(event, list):
-            ranked = event
-        else:
-            yield event
+    ranked = yield from ranked_fixed(search)
     study = _study(optuna, search)
     if not study.trials:
         for known in _known(problem, ranked):

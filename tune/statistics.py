@@ -23,11 +23,12 @@ import numpy as np
 
 from ..runtime.errors import BadInput, FewstepError, PlanError
 from ..runtime.files import atomic_write
+from ..runtime.grids.levels import lowest
 from ..runtime.process import Array
 from ..runtime.process import lam as log_snr
 from ..runtime.progress import Progress
 from ..runtime.samplers.dpm_solver_v3 import Statistics
-from .problem import Problem, spread, t_min
+from .problem import Problem, spread
 from .search import recall, remember
 
 __all__ = ["Measurement", "load", "measure", "save"]
@@ -117,9 +118,9 @@ def _times(problem: Problem, knots: int) -> list[float]:
     """From noise to clean; whole where the network takes no others. Room for a step is left at both ends."""
     process, d = problem.process, _step(problem)
     low = max(float(log_snr(process, process.t_max)), LEAST_LAM) + d
-    times = process.t_of_lam(np.linspace(low, float(log_snr(process, t_min(process))) - d, knots))
+    times = process.t_of_lam(np.linspace(low, float(log_snr(process, lowest(process))) - d, knots))
     if problem.whole_timesteps:
-        times = np.unique(np.clip(np.rint(times), t_min(process) + 1, process.t_max - 1))[::-1]
+        times = np.unique(np.clip(np.rint(times), lowest(process) + 1, process.t_max - 1))[::-1]
     return [float(t) for t in times]
 
 

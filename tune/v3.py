@@ -15,7 +15,7 @@ from ..runtime.progress import Progress
 from ..runtime.samplers.dpm_solver_v3 import Statistics, dpm_solver_v3
 from ..runtime.times import make_times
 from .problem import Problem, spread
-from .search import FIXED_GRIDS, Candidate, Found, Search, found_or_fixed, ranked_fixed
+from .search import FIXED_GRIDS, Found, Search, found_or_fixed, ranked_fixed
 from .statistics import Measurement, measure
 
 __all__ = ["Variant", "measured_plan", "v3_plan", "variants"]
@@ -74,12 +74,7 @@ def variants(
 def measured_plan(search: Search, *, how: Measurement = Measurement()) -> Iterator[Progress | Found]:  # noqa: B008
     """DPM-Solver-v3 with measured statistics. These are kept beside the search's state, for any number of calls."""
     problem = search.problem
-    ranked: list[Candidate] = []
-    for event in ranked_fixed(search):
-        if isinstance(event, list):
-            ranked = event
-        else:
-            yield event
+    ranked = yield from ranked_fixed(search)
     statistics, found = Statistics(), list[Variant]()
     for measured in measure(
         problem, how, None if search.state is None else search.state.with_name("statistics.json")

@@ -8,6 +8,7 @@ import numpy as np
 
 from ..errors import PlanError
 from ..process import Array, Process
+from .exponential import gauss_legendre
 from .step import Denoise, Noise, Step, noise_to_signal
 
 GROWTH: dict[str, Callable[[Array], Array]] = {
@@ -82,8 +83,8 @@ def _integrals(lam: Array, growth: Callable[[Array], Array]) -> tuple[Array, Arr
     """
     whole = np.isfinite(lam[:-1]) & (lam[1:] > 0)
     low, high = (np.where(whole, end, 1.0)[:, None] for end in (lam[1:], lam[:-1]))
-    node, weight = np.polynomial.legendre.leggauss(NODES)
-    half = np.log(high / low) / 2
-    xi = low * np.exp(half * (node + 1))
-    bend = weight * half * xi * (low * growth(low) / (xi * growth(xi)) - 1)
+    node, weight = gauss_legendre(NODES)
+    length = np.log(high / low)
+    xi = low * np.exp(length * node)
+    bend = weight * length * xi * (low * growth(low) / (xi * growth(xi)) - 1)
     return bend.sum(axis=1), (bend * (xi - high)).sum(axis=1)

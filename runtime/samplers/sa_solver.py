@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..process import Array, Process
+from .exponential import J, solve
 from .step import Denoise, Noise, Step, noise_to_signal
 
 
@@ -42,19 +43,18 @@ def sa_solver(
     taus = np.where((ratio[:-1] >= noisy[0]) & (ratio[:-1] <= noisy[1]), tau, 0.0)
     kept = (alpha[:-1] * sigma[1:] / (alpha[1:] * sigma[:-1])) ** taus**2  # e^(-tau^2 h)
     whole = np.isfinite(h)
-    phi = _moments(
-        np.where(whole, (1 + taus**2) * np.where(whole, h, 0.0), math.inf), max(predictor, corrector)
-    )
+    z = np.where(whole, (1 + taus**2) * np.where(whole, h, 0.0), math.inf)
+    count = max(predictor, corrector)
+    phi = np.array([_moments(value, count) for value in z.tolist()]).T
 
     def weights(i: int, nodes: list[int]) -> Array:
         """Of the predictions at `nodes` in the step from times[i], by exactness on polynomials."""
         if len(nodes) == 1:
             return phi[:1, i]
-        powers = np.arange(len(nodes))[:, None]
         wanted = phi[: len(nodes), i]
         if len(nodes) == 2:
             wanted = np.array([wanted[0], (1 + taus[i] ** 2) * h[i] / 2])
-        return np.asarray(np.linalg.solve(((lam[nodes] - lam[i]) / h[i]) ** powers, wanted))
+        return solve((lam[nodes] - lam[i]) / h[i], wanted)
 
     steps = len(times) - 1
     past: dict[int, Array] = {}
@@ -80,21 +80,8 @@ def sa_solver(
         yield Step(i, x, x0)
 
 
-def _moments(z: Array, count: int) -> Array:
-    """[count, steps] integrals over w from 0 to 1 of z e^(-z (1 - w)) w^m; for infinite z the first one only.
-
-    By parts F_m = 1 - (m / z) F_(m-1), which loses digits below z = 1; there the series of e^-z serves.
-    """
-    small = np.where(z < 1, z, 0.0)
-    large = np.maximum(z, 1.0)
-    rows = []
-    last = -np.expm1(-large)
-    for m in range(count):
-        if m > 0:
-            last = 1 - m / large * last
-        term, total = small / (m + 1), np.zeros_like(small)
-        for j in range(18):  # 1 / 18! is below 2e-16
-            total = total + term
-            term = term * -small / (m + 2 + j)
-        rows.append(np.where(z < 1, total, last))
-    return np.array(rows)
+def _moments(z: float, count: int) -> list[float]:
+    """Integrals over w from 0 to 1 of z e^(-z (1 - w)) w^m; for infinite z the first one alone counts."""
+    if math.isinf(z):
+        return [1.0] + [0.0] * (count - 1)
+    return [math.factorial(m) * j / z**m for m, j in enumerate(J(z, count))]

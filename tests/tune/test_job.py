@@ -14,7 +14,6 @@ from fewstep.runtime import Pipeline, Plan
 from fewstep.runtime.bundle import Bundle
 from fewstep.runtime.errors import BadInput, OutputError, PlanError
 from fewstep.tools import cli
-from fewstep.tune import reference
 from fewstep.tune.job import Tuned, tune_bundle
 from fewstep.tune.reference import References, Setting
 
@@ -119,7 +118,7 @@ def test_ctrl_c_exits_130_leaves_no_bundle_and_keeps_what_is_done(bundle, tmp_pa
         (["--calls", "3", "--reference-steps", "5"], "5 reference steps"),
         (["--calls", "3", "--name", "default"], "not 'default'"),
         (["--calls", "3", "--name", "a/b"], "plan name 'a/b'"),
-        (["--calls", "3", "--prompts", "missing.txt"], "cannot read missing.txt"),
+        (["--calls", "3", "--prompts", "missing.txt"], "missing.txt cannot be read"),
         (["--calls", "3", "--guidance", "nan"], "guidance nan"),
         (["--calls", "3", "--out", "."], "is not a fewstep bundle"),
     ],
@@ -171,14 +170,6 @@ def test_json_answers_with_scores(bundle, capsys):
     answer = json.loads(capsys.readouterr().out)
     assert answer["plan"] == "learned-2"
     assert answer["score"]["psnr_db"] >= answer["best_fixed"]["psnr_db"]
-
-
-def test_prompts_are_read_from_a_file(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a cat\n\n a dog \n", encoding="utf-8")
-    assert reference.read_prompts(tmp_path / "prompts.txt") == ("a cat", "a dog")
-    (tmp_path / "empty.txt").write_text("\n")
-    with pytest.raises(BadInput, match="no prompt"):
-        reference.read_prompts(tmp_path / "empty.txt")
 
 
 def test_another_graph_than_the_bundles_is_refused(bundle, tmp_path):
