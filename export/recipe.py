@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,15 +23,15 @@ from ..runtime.plan import Plan, plan
 from ..runtime.process import DiscreteVP
 from ..runtime.progress import Progress
 from ..runtime.times import check_steps, find_grid
-from ..targets import Target, load_target
+from ..targets import Target, load_target, read_table
 from . import child, gate, parts, preflight, sidefiles, speed
 from .plans import plan_of, traced_sampler
 from .preflight import gib
 
 __all__ = ["Exported", "export_bundle"]
 
-PASSES: Mapping[str, Pass] = {}
-"""Name in a recipe -> the pass with its default configuration; prune, distill and quantize add theirs here."""
+PASSES: Mapping[str, type[Pass]] = {}
+"""Name in a recipe -> the pass: a dataclass whose fields a table of that name sets."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ def export_bundle(
     require(device.backend.engine)
     steps = device.recipe.steps if steps is None else steps
     check_steps(steps)
+    _configured(device)
     sampler = device.recipe.sampler if sampler is None else sampler
     if sampler != "model":
         plan(sampler, 1, DiscreteVP.from_schedule("linear", 1e-4, 0.02, 1000))  # refuses an unknown name
@@ -108,7 +109,7 @@ def export_bundle(
         yield from _intentions(summary, weights, needs, device, out, sampler, steps)
         return
     with BundleWriter(out, overwrite, size=needs.bundle_bytes) as writer:
-        work = temporary_name(writer.dest)
+        work, store = temporary_name(writer.dest), writer.dest.with_name(f"{writer.dest.name}.work")
         try:
             yield Progress("load", 0.02, summary.name)
             model = (
@@ -119,12 +120,14 @@ def export_bundle(
             clock.lap("load")
             if image_input:
                 model = with_image_encoder(model)
-            model = _passes(model, Context(device, work))
-            if not device.limits.dynamic_shapes:
-                model = parts.fixed(model)
             if times is not None:
                 model = replace(model, grid=replace(model.grid, spacing=times))
                 sampler = traced_sampler(model) if sampler == "model" else sampler
+            context = Context(device, plan_of(model, sampler, steps), work, store)
+            model = yield from _passes(model, context, 0.02, 0.1)
+            clock.lap("passes")
+            if not device.limits.dynamic_shapes:
+                model = parts.fixed(model)
             default = plan_of(model, sampler, steps)
             specs: dict[str, PartSpec] = {}
             local: dict[str, PartSpec] = {}
@@ -192,6 +195,7 @@ def export_bundle(
             manifest = replace(manifest, quality=quality, speed=speeds)
             path = writer.commit(manifest)
             manifest = Bundle.open(path, check="size").manifest  # with its list of files
+            remove(store)
             clock.lap("commit")
         finally:
             remove(work)
@@ -246,14 +250,34 @@ def _intentions(
     yield Progress("disk", None, f"{out}: {gib(needs.bundle_bytes)}, {gib(needs.disk_bytes)} while exporting")
 
 
-def _passes(model: Model, context: Context) -> Model:
-    for name in context.target.recipe.passes:
+def _configured(target: Target) -> list[tuple[str, Pass]]:
+    """The passes of the recipe with their fields. Raises BadInput."""
+    found = []
+    for name in target.recipe.passes:
         if name not in PASSES:
-            known = ", ".join(PASSES) or "none yet"
             raise BadInput(
-                f"unknown pass {name!r} in the recipe", expected=known, fix="take it out of [recipe] passes"
+                f"unknown pass {name!r} in the recipe",
+                expected=" or ".join(PASSES),
+                fix="take it out of [recipe] passes",
             )
-        model = PASSES[name](model, context)
+        found.append(
+            (name, read_table(PASSES[name], target.recipe.options.get(name, {}), "the recipe", name))
+        )
+    return found
+
+
+def _passes(model: Model, context: Context, begin: float, end: float) -> Generator[Progress, None, Model]:
+    """Every pass of the recipe, one after the other; their share of the whole export lies between begin and end."""
+    passes = _configured(context.target)
+    for number, (name, each) in enumerate(passes):
+        work = each(model, context)
+        try:
+            while True:
+                event = next(work)
+                done = (number + (event.fraction or 0.0)) / len(passes)
+                yield replace(event, stage=f"{name} {event.stage}", fraction=begin + (end - begin) * done)
+        except StopIteration as stop:
+            model = stop.value
     return model
 
 

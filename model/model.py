@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,8 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.manifest import GridSpec, GuidanceSpec, SampleSpec, TensorSpec
+from ..runtime.plan import Plan
 from ..runtime.process import Process
+from ..runtime.progress import Progress
 from ..targets import Target
+from .quantized import Quantized
 
 __all__ = ["Context", "Example", "Model", "Part", "Pass", "TokenizerFiles"]
 
@@ -66,6 +69,8 @@ class Part:
     """The part's config.json, carried into the bundle so that optimum opens it."""
     portable: bool = True
     """Whether pickle can carry the module to another process; not so for code of the caller's own script."""
+    quantized: Quantized | None = None
+    """What of it is quantized; the module stays as it was."""
 
     def parameters(self) -> int:
         return sum(int(tensor.numel()) for tensor in self.module.parameters())
@@ -93,7 +98,9 @@ class TokenizerFiles:
 class Pass(Protocol):
     """A frozen dataclass whose fields are all of its configuration: prune, distill or quantize."""
 
-    def __call__(self, model: Model, ctx: Context) -> Model: ...
+    def __call__(self, model: Model, ctx: Context) -> Generator[Progress, None, Model]:
+        """Yields what it does, fractions counting the pass alone, and returns the new model."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -101,8 +108,13 @@ class Context:
     """What a pass may know beside the model."""
 
     target: Target
+    plan: Plan
+    """What the bundle will run unless told otherwise."""
     work: Path
     """A scratch folder that goes away with the run."""
+    store: Path
+    """A folder that outlives a run that was cut off: what took long is kept there, by a key of all it came from. It
+    goes away when the bundle stands."""
     seed: int = 0
 
 
@@ -169,9 +181,22 @@ class Model:
             license=license,
         )
 
-    def after(self, done: Pass, parts: Mapping[str, Part]) -> Model:
-        """The model a pass made: `parts` replace those of the same name, and the pass is written into history."""
-        record = {"pass": type(done).__name__}
+    def after(self, done: Pass, parts: Mapping[str, Part], **measured: Any) -> Model:
+        """The model a pass made: `parts` replace those of the same name, and the pass is written into history.
+
+        measured  what the pass found out about its result, for the record: plain JSON
+        """
+        record: dict[str, Any] = {"pass": type(done).__name__}
         if dataclasses.is_dataclass(done):
-            record |= dataclasses.asdict(done)
+            record |= {key: _plain(value) for key, value in dataclasses.asdict(done).items()}
+        record |= measured
         return replace(self, parts={**self.parts, **parts}, history=(*self.history, record))
+
+
+def _plain(value: Any) -> Any:
+    """A field as JSON has it."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

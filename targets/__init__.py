@@ -12,7 +12,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 from ..runtime.backends import EXTRAS
 from ..runtime.errors import BadInput
 
-__all__ = ["Backend", "Device", "Limits", "Quality", "Recipe", "Target", "known_targets", "load_target"]
+__all__ = [
+    *("Backend", "Device", "Limits", "Quality", "Recipe", "Target", "known_targets", "load_target"),
+    "read_table",
+]
 
 FOLDER = Path(__file__).parent
 
@@ -20,6 +23,8 @@ KINDS = ("cpu", "gpu", "npu")
 MACHINES = ("any", "x86_64", "aarch64")
 PRECISIONS = ("float32", "bfloat16", "float16")
 """What a manifest may say, too (runtime/manifest.py)."""
+FLOORS = (*PRECISIONS, "int8", "int4")
+"""What floors are for: a part computed in a precision, or quantized to integers of at least 8 bits, or of fewer."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class Recipe:
     """What the engine is asked to compute in. A host that lacks it computes in float32."""
     weights: str = "float32"
     """What weights are stored as: float32 or float16."""
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Pass -> its fields where they are not the pass's own defaults."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ class Target:
     backend: Backend
     limits: Limits
     quality: Mapping[str, Quality]
-    """Precision the gate's host computed in -> its floors."""
+    """What of FLOORS -> its floors: the precision the gate's host computed in, or a part's integers."""
     recipe: Recipe = field(default_factory=Recipe)
 
     def to_json(self) -> dict[str, Any]:
@@ -97,13 +104,27 @@ class Target:
         return {"id": self.id, **plain, "quality": floors}
 
     def with_recipe(self, file: Path) -> Target:
-        """This target with the [recipe] keys of another TOML file put over its own. Raises BadInput."""
-        tables = _read(file)
-        if set(tables) - {"recipe"}:  # the keys may stand alone or in a [recipe] table
-            tables = {"recipe": tables}
-        target = replace(
-            self, recipe=_table(Recipe, tables.get("recipe", {}), file, "recipe", over=self.recipe)
-        )
+        """This target with what another TOML file says put over its own. Raises BadInput.
+
+        Its keys are [recipe]'s, in that table or alone; [quality.NAME] sets floors; every other table holds the fields
+        of the pass it is named after.
+        """
+        found = _read(file)
+        tables = {name: value for name, value in found.items() if isinstance(value, Mapping)}
+        keys = {name: value for name, value in found.items() if name not in tables}
+        keys |= tables.pop("recipe", {})
+        quality = dict(self.quality)
+        for name, floors in tables.pop("quality", {}).items():
+            quality[name] = _table(Quality, floors, file, f"quality.{name}", over=quality.get(name))
+        recipe = _table(Recipe, keys, file, "recipe", over=self.recipe)
+        for name in tables:
+            if name not in recipe.passes:
+                raise BadInput(
+                    f"{file}: a table [{name}] and no such pass",
+                    expected=f"[recipe], [quality.NAME] or one of passes = {list(recipe.passes)}",
+                    fix=f'write passes = ["{name}"] if that was meant',
+                )
+        target = replace(self, recipe=replace(recipe, options={**recipe.options, **tables}), quality=quality)
         _check(target, file)
         return target
 
@@ -149,6 +170,7 @@ def _check(target: Target, file: Path) -> None:
         ("[recipe] weights", (recipe.weights,), ("float32", "float16")),
         # a host without the recipe's precision computes in float32: both have floors
         ("a precision without [quality]", (recipe.precision, "float32"), tuple(target.quality)),
+        ("[quality]", tuple(target.quality), FLOORS),
     ):
         for value in values:
             if value not in known:
@@ -164,7 +186,12 @@ def _read(file: Path) -> dict[str, Any]:
         raise BadInput(f"{file} is not valid TOML: {error}", fix="correct that line") from None
 
 
-def _table(kind: type, data: Any, file: Path, name: str, over: Any = None) -> Any:
+def read_table(kind: type, data: Any, where: Path | str, name: str, over: Any = None) -> Any:
+    """Plain data, of TOML for instance, as the dataclass `kind`. Raises BadInput naming the keys at fault."""
+    return _table(kind, data, where, name, over)
+
+
+def _table(kind: type, data: Any, file: Path | str, name: str, over: Any = None) -> Any:
     """One table as a dataclass; `over` gives the values of keys that are absent."""
     if not isinstance(data, Mapping):
         raise BadInput(f"{file}: {name} is {data!r}", expected=f"a table [{name}]")
@@ -182,7 +209,7 @@ def _table(kind: type, data: Any, file: Path, name: str, over: Any = None) -> An
     return kind(**values) if over is None else replace(over, **values)
 
 
-def _same_keys(file: Path, where: str, found: set[str], known: set[str], needed: set[str]) -> None:
+def _same_keys(file: Path | str, where: str, found: set[str], known: set[str], needed: set[str]) -> None:
     if found - known:
         unknown = ", ".join(sorted(found - known))
         raise BadInput(f"{file}: {where} has unknown keys: {unknown}", expected=", ".join(sorted(known)))
