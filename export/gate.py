@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from ..model.libraries import quiet, torch
 from ..model.model import Model, Part
+from ..model.quantized import Quantized
 from ..runtime.backends import Session, open_session
 from ..runtime.bundle import Bundle
 from ..runtime.errors import GateFailed
@@ -72,8 +73,12 @@ class PartQuality:
 def cases(part: Part, *, few: bool) -> dict[str, dict[str, Array]]:
     """Named inputs to compare on: two shapes, batches of 1 and 2, every sample at a time of its own.
 
-    Times include both ends of their range. `few` leaves out what only combines those in other ways.
+    Times include both ends of their range. `few` leaves out what only combines those in other ways. A quantized part
+    is fed what it really sees, recorded beforehand: its ranges fit that and no noise of an arbitrary size.
     """
+    if part.quantized is not None and part.quantized.cases:
+        every = {name: dict(feeds) for name, feeds in part.quantized.cases.items()}
+        return dict(list(every.items())[:2]) if few else every
     default, other = part.example.default_sizes(), part.example.other_sizes()
     low, high = part.example.ranges.get("timestep", (0.0, 0.0))
     tried = [(default | {"batch": 1}, (high,)), (other | {"batch": 2}, (low, 0.3 * low + 0.7 * high))]
@@ -160,10 +165,17 @@ def decibels(relative: float) -> float:
     return MAX_DB if relative == 0 else max(-MAX_DB, min(MAX_DB, -20 * math.log10(relative)))
 
 
-def judge_part(name: str, quality: PartQuality, target: Target, precision: str = "float32") -> None:
+def judge_part(
+    name: str,
+    quality: PartQuality,
+    target: Target,
+    precision: str = "float32",
+    quantized: Quantized | None = None,
+) -> None:
     """Raises GateFailed naming the part, its worst output and case, what was measured, the floor and what to relax.
 
-    precision  what the engine computed in here: floors differ
+    precision  which floors: what the engine computed in here, or int8 or int4
+    quantized  names the layers to relax
     """
     floor = target.quality[precision]
     if quality.relative_error > floor.part_relative_error or quality.snr_db < floor.part_snr_db:
@@ -171,9 +183,18 @@ def judge_part(name: str, quality: PartQuality, target: Target, precision: str =
             f"{name}: {quality.worst} differs from the original by {quality.relative_error:.2e} of its size "
             f"({quality.snr_db:.1f} dB, {precision})",
             expected=f"at most {floor.part_relative_error:g}, at least {floor.part_snr_db:g} dB",
-            fix=f"fuse_attention = false, another precision or fewer passes in a --recipe, or relax "
-            f"[quality.{precision}] of targets/{target.id}.toml",
+            fix=(
+                _relax(name, quantized)
+                if quantized is not None and quantized.weakest
+                else "fuse_attention = false, another precision or fewer passes in a --recipe"
+            )
+            + f", or relax [quality.{precision}] there or in targets/{target.id}.toml",
         )
+
+
+def _relax(name: str, quantized: Quantized) -> str:
+    worst = ", ".join(f'"{name}.{layer}"' for layer in quantized.weakest[:5])
+    return f"leave the layers that are harmed most in floating point: keep = [{worst}] under [quantize] of a --recipe"
 
 
 def psnr_db(right: Array, got: Array) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..model.libraries import torch
 from ..model.model import Model, Part
+from ..quant.simulate import weights_of
 from ..runtime.backends import runs_in
 from ..runtime.manifest import Manifest, PartSpec
 from ..targets import Target
@@ -98,6 +99,15 @@ def _lower_stored(
 
 
 def _lower_here(part: Part, folder: Path, baseline: Path | None, target: Target, optimize: bool) -> PartSpec:
+    spec = _write(part, folder, baseline, target, optimize)
+    if part.quantized is None or not optimize:
+        return spec
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    said = part.quantized.summary(weights_of(part))
+    return replace(spec, quantization=said | {"size_of_float32": round(size / part.weight_bytes(), 4)})
+
+
+def _write(part: Part, folder: Path, baseline: Path | None, target: Target, optimize: bool) -> PartSpec:
     traced, recipe = onnx.trace(part), target.recipe
     if baseline is not None:
         onnx.write_plain(traced, baseline)

@@ -58,6 +58,7 @@ def export_bundle(
     sampler: str | None = None,
     times: str | None = None,
     recipe: Path | None = None,
+    quantize: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
     allow_download: bool = False,
@@ -74,6 +75,7 @@ def export_bundle(
     times           a time grid by name in place of the model's own, also for plans traced later; the sampler is then
                     a traced one, the nearest to the model's scheduler where none was asked for
     recipe          a TOML file whose keys override the target's [recipe]
+    quantize        a scheme, w8a8 for instance: the pass of that name comes last, or gets that scheme
     dry_run         say what would be done, and write nothing; no Exported event
     config          for a single .safetensors file: a diffusers folder of its family
     optimize        False: the graphs are what torch.onnx.export writes by itself, for comparison
@@ -86,6 +88,8 @@ def export_bundle(
     device = load_target(target)
     if recipe is not None:
         device = device.with_recipe(Path(recipe))
+    if quantize is not None:
+        device = device.with_pass("quantize", scheme=quantize)
     require(device.backend.engine)
     steps = device.recipe.steps if steps is None else steps
     check_steps(steps)
@@ -146,7 +150,8 @@ def export_bundle(
                 lowered = parts.lower(
                     part, writer.folder / part.name, device, work, baseline, optimize=optimize
                 )
-                local[part.name], precisions[part.name], same = parts.here(lowered.spec, device)
+                local[part.name], computed, same = parts.here(lowered.spec, device)
+                precisions[part.name] = computed if part.quantized is None else part.quantized.floors
                 specs[part.name] = replace(lowered.spec, executed=same)
                 if lowered.separate:
                     peaks[f"lower {part.name}"] = lowered.peak_rss_bytes
@@ -158,8 +163,8 @@ def export_bundle(
                 checked, peak = parts.check(part, local[part.name], graph, work)
                 if peak is not None:
                     peaks[f"gate {part.name}"] = peak
-                gate.judge_part(part.name, checked, device, precisions[part.name])
-                quality["parts"][part.name] = {**checked.to_json(), "computed_in": precisions[part.name]}
+                gate.judge_part(part.name, checked, device, precisions[part.name], part.quantized)
+                quality["parts"][part.name] = {**checked.to_json(), "computed_in": computed}
                 clock.lap(f"gate {part.name}")
                 note = f"relative error {checked.relative_error:.1e} ({checked.snr_db:.0f} dB)"
                 yield Progress(f"speed {part.name}", begin + 0.9 * share, note)

@@ -117,6 +117,15 @@ class Quantized:
     between the timesteps, constant beyond. Only for a part with an input `timestep`."""
     cases: Mapping[str, Mapping[str, Array]] = field(default_factory=dict)
     """Label -> named inputs the part really sees, none of them used for calibration: what the gate compares on."""
+    weakest: tuple[str, ...] = ()
+    """Layers whose rounding harms the output most, the worst first: what to relax where a floor is missed."""
+
+    @property
+    def floors(self) -> str:
+        """Which floors of a target are for it: int8, or int4 where some weights or inputs have fewer than 8 bits."""
+        bits = [layer.weights.bits for layer in self.layers.values()]
+        bits += [layer.input.bits for layer in self.layers.values() if layer.input is not None]
+        return "int8" if min(bits, default=8) >= 8 else "int4"
 
     def summary(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         """What the manifest says of it.

@@ -62,6 +62,9 @@ class PartSpec:
     """cpu, gpu or npu: what the engine runs the graph on."""
     executed: bool = True
     """Whether the gate ran this very graph on such a device; False means converted, not executed."""
+    quantization: JSON = field(default_factory=dict)
+    """Bits the weights really take, what layers' inputs are rounded to, and every tensor left alone; empty: nothing is
+    quantized."""
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,13 @@ class Target:
         _check(target, file)
         return target
 
+    def with_pass(self, name: str, **fields: Any) -> Target:
+        """This target with a pass in its recipe, at the end where it had none, and some of its fields set."""
+        recipe = self.recipe
+        passes = recipe.passes if name in recipe.passes else (*recipe.passes, name)
+        options = {**recipe.options, name: {**recipe.options.get(name, {}), **fields}}
+        return replace(self, recipe=replace(recipe, passes=passes, options=options))
+
 
 def known_targets() -> tuple[str, ...]:
     return tuple(sorted(file.stem for file in FOLDER.glob("*.toml")))

@@ -27,6 +27,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--recipe", metavar="FILE", type=Path, help="a TOML file instead of the target's recipe"
     )
     parser.add_argument(
+        "--quantize",
+        metavar="SCHEME",
+        help="bits of weights and of inputs: w8a8, w4a8, w4a4, or of weights alone: w8, w4, w3.5",
+    )
+    parser.add_argument(
         "--config",
         metavar="DIR",
         type=Path,
@@ -53,6 +58,7 @@ def call(args: argparse.Namespace) -> Answer:
         sampler=args.sampler,
         times=args.times,
         recipe=args.recipe,
+        quantize=args.quantize,
         overwrite=args.overwrite,
         dry_run=args.dry_run,
         allow_download=args.download,

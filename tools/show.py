@@ -42,6 +42,7 @@ def _bundle(path: Path) -> Answer:
             "device": part.device,
             "precision": part.precision,
             "executed": part.executed,
+            "quantization": dict(part.quantization),
             "bytes": folders[part.graph.split("/")[0]],
             "inputs": [_tensor(spec) for spec in part.inputs],
             "outputs": [_tensor(spec) for spec in part.outputs],
@@ -74,7 +75,17 @@ def _bundle(path: Path) -> Answer:
         "files": len(manifest.files),
         "bytes": sum(folders.values()),
     }
-    cells = [(p["part"], p["engine"], p["device"], p["precision"], human_bytes(p["bytes"])) for p in parts]
+    cells = [
+        (
+            p["part"],
+            p["engine"],
+            p["device"],
+            p["precision"],
+            _integers(p["quantization"]),
+            human_bytes(p["bytes"]),
+        )
+        for p in parts
+    ]
     tensors = [f"{p['part']}: {', '.join(p['inputs'])} -> {', '.join(p['outputs'])}" for p in parts]
     target = manifest.target.get("id") or "none named"
     traced = f"{manifest.sampler} on the {manifest.grid.spacing} grid"
@@ -86,13 +97,19 @@ def _bundle(path: Path) -> Answer:
     ]
     sections = [
         table([*head, ("on disk", f"{human_bytes(data['bytes'])} in {data['files']} files")]),
-        table(cells, ("part", "engine", "device", "precision", "on disk")),
+        table(cells, ("part", "engine", "device", "precision", "integers", "on disk")),
         _listed("inputs -> outputs", tensors),
         table([p.values() for p in plans], ("plan", "sampler", "steps", "network calls")),
         _listed("history", [", ".join(f"{k}={v}" for k, v in flatten(entry)) for entry in manifest.history]),
         _listed("quality", [f"{k}: {v}" for k, v in flatten(data["quality"])]),
         _listed("speed", [f"{k}: {v}" for k, v in flatten(manifest.speed)]),
         _listed("made with", [", ".join(f"{k} {v}" for k, v in manifest.versions.items())]),
+    ]
+    sections += [
+        _listed(
+            f"left in floating point in {p['part']}", [", ".join(p["quantization"].get("left_alone", {}))]
+        )
+        for p in parts
     ]
     if not all(part["executed"] for part in parts):
         sections.append(
@@ -158,6 +175,15 @@ def _head(data: dict[str, Any]) -> list[tuple[str, str]]:
             f"{guidance['kind']}, scale {guidance['scale']:g}" if guidance["kind"] != "none" else "none",
         ),
     ]
+
+
+def _integers(quantization: dict[str, Any]) -> str:
+    """What of a part is integers: bits its weights take, scales and what was left alone counted in, and its inputs."""
+    if not quantization:
+        return "none"
+    inputs = [bits for bits in quantization["layers_by_input_bits"] if bits != "float"]
+    rounded = f", inputs of {' and '.join(inputs)} bits" if inputs else ""
+    return f"{quantization['bits_per_weight']:.2f} bits a weight{rounded}"
 
 
 def _tensor(spec: Any) -> str:
