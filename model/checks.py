@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.errors import CheckpointError
+from ..runtime.errors import BadInput, CheckpointError
 
 __all__ = ["Tensor", "check_finite", "read_header", "read_json", "weight_files"]
 
@@ -66,6 +66,18 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{file} holds {type(data).__name__}", expected="a JSON object", fix=AGAIN)
     return data
+
+
+def read_prompts(file: Path) -> list[str]:
+    """One prompt a line; empty lines do not count. Raises BadInput for a file that is none, or holds none."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{file} cannot be read ({error})", expected="prompts in UTF-8, one a line") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise BadInput(f"{file} holds no prompt", expected="one a line")
+    return prompts
 
 
 def weight_files(folder: Path) -> list[Path]:

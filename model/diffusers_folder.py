@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import CheckpointError
-from .checks import check_finite, read_json, weight_files
+from .checks import check_finite, read_json, read_prompts, weight_files
 from .families import FAMILIES, from_pipeline
 from .libraries import diffusers, quiet, transformers
 from .model import Model
@@ -32,6 +32,9 @@ naming a class there is how a checkpoint would run code (diffusers GHSA-4prv-5hj
 GUIDANCE_KEY = "_guidance_scale"
 """Ours, in model_index.json: the guidance a model draws best with. diffusers ignores keys that begin with "_", and has
 one default for all Stable Diffusion pipelines, 7.5."""
+
+PROMPTS_FILE = "prompts.txt"
+"""Ours, beside model_index.json: prompts the model draws well, one a line."""
 
 IGNORED = {"safety_checker", "feature_extractor", "image_encoder", "watermark"}
 """Components a bundle has no use for."""
@@ -130,6 +133,8 @@ def load_folder(folder: Path, name: str = "") -> Model:
     with quiet():
         pipeline = FAMILIES[index.pipeline].build(diffusers(), {**parts, "scheduler": scheduler}, index.data)
     model = from_pipeline(pipeline, name or folder.resolve().name, folder)
+    if model.tokenizer is not None and (folder / PROMPTS_FILE).exists():
+        model = replace(model, prompts=tuple(read_prompts(folder / PROMPTS_FILE)))
     scale = index.data.get(GUIDANCE_KEY)
     if scale is None or model.guidance.kind == "none":
         return model

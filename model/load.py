@@ -30,7 +30,7 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 HUB_FILES = [
     *("model_index.json", "*/*.json", "*/*.safetensors", "*/merges.txt", "*/vocab.txt"),
-    *("LICENSE*", "README.md", "NOTICE*"),
+    *("LICENSE*", "README.md", "NOTICE*", "prompts.txt"),
 ]
 """What is fetched of a hub repository: no code, no pickles, no pictures."""
 

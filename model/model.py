@@ -71,6 +71,8 @@ class Part:
     """Whether pickle can carry the module to another process; not so for code of the caller's own script."""
     quantized: Quantized | None = None
     """What of it is quantized; the module stays as it was."""
+    margin: int | None = None
+    """Of a decoder: latent cells around what is drawn that matter to it; None: the whole latent does."""
 
     def parameters(self) -> int:
         return sum(int(tensor.numel()) for tensor in self.module.parameters())
@@ -137,6 +139,8 @@ class Model:
     classes: int | None = None
     """Number of class labels of a class-conditional model."""
     tokenizer: TokenizerFiles | None = None
+    prompts: tuple[str, ...] = ()
+    """What the model draws well, from prompts.txt of its folder: what it is tried and calibrated on."""
     scheduler: Mapping[str, Any] | None = None
     """scheduler_config.json with its `_class_name`; None for a model that never had a diffusers scheduler."""
     license: str = ""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..model.checks import read_prompts
 from ..runtime.errors import BadInput, MissingExtra
 from ..runtime.manifest import Manifest
 from ..runtime.process import process_from_json
@@ -42,20 +43,6 @@ class Subject:
         label = None if self.label is None else f"class {self.label}"
         words = (self.prompt, label, self.observation and Path(self.observation).name)
         return ", ".join(word for word in words if word) or f"seed {self.seed}"
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line; empty lines do not count."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(
-            f"--prompts {path} cannot be read ({error})", expected="a text file in UTF-8"
-        ) from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise BadInput(f"--prompts {path} holds no prompt", expected="one a line")
-    return prompts
 
 
 @lru_cache(maxsize=2)

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from fewstep.model import load
+from fewstep.model.fingerprint import fingerprint, model_fingerprint
 from fewstep.model.load import summarize
-from fewstep.runtime.errors import CheckpointError
+from fewstep.runtime.errors import BadInput, CheckpointError
 
 
 @pytest.fixture
@@ -229,3 +230,22 @@ def test_architectures_have_their_published_size(name, unet):
     assert weights["unet"] == unet
     assert weights["text_encoder"] == 123_060_480  # CLIP ViT-L/14's text model
     assert weights["vae_decoder"] == pytest.approx(49.5e6, rel=0.01)
+
+
+def test_prompts_come_with_a_folder_that_has_them(copy):
+    assert load(copy).prompts == ()
+    (copy / "prompts.txt").write_text("a cat\n\n a dog \n", encoding="utf-8")
+    assert load(copy).prompts == ("a cat", "a dog")
+    (copy / "prompts.txt").write_text("\n \n")
+    with pytest.raises(BadInput, match=r"prompts.txt holds no prompt; expected one a line"):
+        load(copy)
+
+
+def test_a_fingerprint_is_of_the_weights_alone(tiny_sd, copy):
+    one, again = load(tiny_sd), load(copy)
+    assert model_fingerprint(one) == model_fingerprint(again)
+    weight = again.parts["unet"].module.network.conv_in.weight.data
+    weight[0, 0, 0, 0] *= 1.000001
+    assert fingerprint(one.parts["unet"]) != fingerprint(again.parts["unet"])
+    assert model_fingerprint(one) != model_fingerprint(again)
+    assert model_fingerprint(one, ["text_encoder"]) == model_fingerprint(again, ["text_encoder"])
