@@ -99,7 +99,7 @@ def _lower_stored(
 
 
 def _lower_here(part: Part, folder: Path, baseline: Path | None, target: Target, optimize: bool) -> PartSpec:
-    spec = _write(part, folder, baseline, target, optimize)
+    spec = replace(_write(part, folder, baseline, target, optimize), margin=part.margin)
     if part.quantized is None or not optimize:
         return spec
     size = sum(file.stat().st_size for file in folder.iterdir())

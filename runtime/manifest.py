@@ -65,6 +65,8 @@ class PartSpec:
     quantization: JSON = field(default_factory=dict)
     """Bits the weights really take, what layers' inputs are rounded to, and every tensor left alone; empty: nothing is
     quantized."""
+    margin: int | None = None
+    """Of a decoder: latent cells around what is drawn that matter to it; None: the whole latent does. See tiling.py."""
 
 
 @dataclass(frozen=True)
@@ -289,6 +291,8 @@ def _check(m: Manifest) -> None:
         )
         one_of(f"device of {name}", part.device, DEVICES)
         one_of(f"precision of {name}", part.precision, PRECISIONS)
+        known = part.margin is None or 0 <= part.margin < 2**16
+        need(known, f"margin of {name}", part.margin, "0 to 65535, or null")
         need(part.graph in m.files, f"graph of {name}", part.graph, "a file of the list in files")
         for tensors, which in ((part.inputs, "inputs"), (part.outputs, "outputs")):
             names = [tensor.name for tensor in tensors]

@@ -27,6 +27,7 @@ from .plan import Plan
 from .process import Array
 from .request import check, choose_plan, guidance_of, shape_of, subjects_of
 from .step import Step
+from .tiling import Tiling, tiling
 
 __all__ = ["Output", "Pipeline", "StepDone"]
 
@@ -119,6 +120,7 @@ class Pipeline:
         strength: float | None = None,
         mask_image: Any = None,
         observation: Any = None,
+        tile: int | None = None,
         callback_on_step_end: Callback | None = None,
     ) -> Output:
         """Draw images; the arguments are diffusers' own.
@@ -131,6 +133,7 @@ class Pipeline:
         `image` (pictures, or clean samples [n, channels, h, w]) is noised as far as `strength` says and drawn from
         there (0.8 unless said otherwise); with `mask_image`, light where to paint, the rest of it is kept (strength 1).
         `observation` is what a restoration model is given, in the same forms.
+        `tile` decodes the picture in windows of that many pixels a side, see `decode`.
         `callback_on_step_end(pipeline, index, timestep, {"latents": x})` is called after each step.
         Raises BadInput for arguments the bundle cannot serve, Cancelled after `interrupt`.
         """
@@ -153,6 +156,7 @@ class Pipeline:
             strength=strength,
             mask_image=mask_image,
             observation=observation,
+            tile=tile,
         )
         while True:
             try:
@@ -184,6 +188,7 @@ class Pipeline:
         strength: float | None = None,
         mask_image: Any = None,
         observation: Any = None,
+        tile: int | None = None,
     ) -> Generator[StepDone, None, Output]:
         """The same, step by step: yields after each step and returns the Output. Stop iterating to cancel."""
         begin = time.perf_counter()
@@ -212,6 +217,7 @@ class Pipeline:
         scale = guidance_of(self.manifest, guidance_scale)
         shape = shape_of(self.manifest, height, width)
         check(output_type in ("pil", "np", "latent"), f"output_type {output_type!r}", "pil, np or latent")
+        self._tiling(tile)  # refuses what cannot be before the denoiser runs
         streams = [Noise(seed + i) for i in range(n)]
         if latents is None:
             latents = _draw(streams, shape)
@@ -255,7 +261,7 @@ class Pipeline:
         loaded_2 = self._load_s
         decode_start = time.perf_counter()
         x = brought.finish(step.x)
-        images: Any = x if output_type == "latent" else self.decode(x)
+        images: Any = x if output_type == "latent" else self.decode(x, tile)
         if output_type == "pil":
             images = _to_pil(images)
         self._release("vae_decoder")
@@ -293,21 +299,41 @@ class Pipeline:
             self.manifest, steps, sampler, times, name, height=height, width=width, strength=strength
         )
 
-    def decode(self, x0: Array) -> Array:
+    def decode(self, x0: Array, tile: int | None = None) -> Array:
         """Clean samples to images. [n, channels, h, w] -> float32 [n, height, width, channels] in 0..1.
 
         For previews too. One image at a time: on a CPU a batch is no faster and needs n times the memory.
+        `tile` bounds the memory: windows of that many pixels a side, one after the other. The same picture where the
+        bundle's decoder is a small one of convolutions alone; of a VAE's own, windows are blended, and differ a little.
         """
-        sample = self.manifest.sample
+        sample, windows = self.manifest.sample, self._tiling(tile)
         if "vae_decoder" in self.manifest.parts:
             spec = self.manifest.parts["vae_decoder"]
             session = self._open("vae_decoder")
             latent = (x0 / sample.scaling_factor + sample.shift_factor).astype(spec.inputs[0].dtype)
             feed, out = spec.inputs[0].name, spec.outputs[0].name
+
+            def run(one: Array) -> Array:
+                return session.run({feed: one}, [out])[out]
+
+            each = [latent[i : i + 1] for i in range(len(latent))]
             x0 = np.concatenate(
-                [session.run({feed: latent[i : i + 1]}, [out])[out] for i in range(len(latent))]
+                [windows.decode(run, one, sample.factor) if windows else run(one) for one in each]
             )
         return np.clip(x0.transpose(0, 2, 3, 1).astype(np.float32) / 2 + 0.5, 0, 1)
+
+    def _tiling(self, tile: int | None) -> Tiling | None:
+        """Windows of `tile` pixels for this bundle's decoder. Raises BadInput where it has none, or takes one size."""
+        if tile is None:
+            return None
+        part = self.manifest.parts.get("vae_decoder")
+        check(part is not None, f"tiles of {tile!r} pixels for a bundle that decodes nothing", "no tile")
+        assert part is not None
+        only = "no tile: a decoder of fixed sizes draws its one picture whole"
+        check(
+            all(isinstance(axis, str) for axis in part.inputs[0].shape[2:]), f"tiles of {tile!r} pixels", only
+        )
+        return tiling(tile, self.manifest.sample.factor, part.margin)
 
     def _encode_image(self, pixels: Array) -> Array:
         """[n, 3, height, width] in -1..1 to clean samples."""

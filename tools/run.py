@@ -52,6 +52,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", type=int, default=1, help="how many images")
     parser.add_argument("-H", "--height", type=int, metavar="PIXELS")
     parser.add_argument("-W", "--width", type=int, metavar="PIXELS")
+    parser.add_argument(
+        "--tile",
+        type=int,
+        metavar="PIXELS",
+        help="decode in windows of this size: less memory, large pictures",
+    )
     parser.add_argument("--low-memory", action="store_true", help="free each network before the next; slower")
     add_threads(parser)
     parser.add_argument("--grid", action="store_true", help="with --count: also one picture of all")
@@ -93,6 +99,7 @@ def call(args: argparse.Namespace) -> Answer:
                 strength=args.strength,
                 mask_image=mask if mask is None or mask.ndim == 2 else mask[..., 0],
                 observation=observation,
+                tile=args.tile,
                 output_type="np",
             )
             output = _drawn(drawing, partial(_share, update, i, args.count))
@@ -128,6 +135,7 @@ def describe(pipeline: Pipeline, output: Any, args: argparse.Namespace, digest: 
         "guidance": manifest.guidance.scale if args.guidance is None else args.guidance,
         "height": height,
         "width": width,
+        "tile": args.tile,
         "bundle": {"name": manifest.name, "sha256": digest},
         "fewstep": __version__,
     }
