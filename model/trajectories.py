@@ -21,7 +21,7 @@ from ..runtime.plan import Plan
 from .libraries import quiet, torch, transformers
 from .model import Model, Part
 
-__all__ = ["PROMPTS", "Trajectory", "run_part", "trajectories"]
+__all__ = ["PROMPTS", "Trajectory", "run_part", "text_inputs", "trajectories"]
 
 Array = NDArray[Any]
 
@@ -104,6 +104,12 @@ def trajectories(
         yield Trajectory(mine, about, texts, tuple(session.calls), x.astype(np.float32))
 
 
+def text_inputs(model: Model, prompts: Sequence[str]) -> list[dict[str, Array]]:
+    """What the text encoder is fed for each prompt, [1, length] each. Raises BadInput for one that is too long."""
+    encode, name = _Encoder(model), model.parts["text_encoder"].inputs[0].name
+    return [{name: encode.ids(prompt)} for prompt in prompts]
+
+
 def run_part(part: Part, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """The torch module's outputs by name, without gradients."""
     th = torch()
@@ -182,11 +188,11 @@ class _Encoder:
         """[1, length, width]. Raises BadInput for more tokens than the model takes."""
         if text not in self._states:
             part = self.model.parts["text_encoder"]
-            self.fed[text] = {part.inputs[0].name: self._ids(text)}
+            self.fed[text] = {part.inputs[0].name: self.ids(text)}
             self._states[text] = run_part(part, self.fed[text])[part.outputs[0].name]
         return self._states[text]
 
-    def _ids(self, text: str) -> Array:
+    def ids(self, text: str) -> Array:
         """int64 [1, length]: start, the prompt, end, padding."""
         files = self.model.tokenizer
         assert files is not None, "a denoiser with encoder_hidden_states comes with a tokenizer"
