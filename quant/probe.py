@@ -114,7 +114,8 @@ class Probe:
     def output(self, i: int) -> Array:
         """The part's first output for feeds[i] as it is now: guidance applied, float64."""
         found = run_part(self.part, self.feeds[i])[self.part.outputs[0].name].astype(np.float64)
-        return combined(found, self.scales[i])
+        guided: Array = combined(found, self.scales[i])
+        return guided
 
     @cached_property
     def reference(self) -> list[Array]:

@@ -1,4 +1,4 @@
-"""Which layers suffer from how few bits: every layer quantized alone, every way, and what the part's output makes of it.
+"""Which layers suffer from how few bits: each quantized alone, every way, and what the part's output makes of it.
 
 SQNR as in Yang et al. 2023 (arXiv:2312.05431), one layer at a time, at every step of the plan that ships.
 """
