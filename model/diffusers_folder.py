@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import CheckpointError
+from ..runtime.manifest import NAME
 from .checks import check_finite, read_json, read_prompts, weight_files
 from .families import FAMILIES, from_pipeline
 from .libraries import diffusers, quiet, transformers
@@ -64,7 +65,7 @@ def read_index(folder: Path) -> Index:
     Raises CheckpointError naming the file, what it says, what can be read, and the remedy.
     """
     file = folder / "model_index.json"
-    if not file.exists():
+    if not file.exists() or (folder / NAME).exists():  # bundles have an index for optimum's sake
         raise _not_a_checkpoint(folder)
     data = read_json(file)
     pipeline = data.get("_class_name")
@@ -102,9 +103,11 @@ def read_index(folder: Path) -> Index:
 
 def _not_a_checkpoint(folder: Path) -> CheckpointError:
     """Say what a folder is instead of a diffusers checkpoint."""
-    if (folder / "manifest.json").exists():
+    if (folder / NAME).exists():
         return CheckpointError(
-            f"{folder} is a bundle already", expected="a model", fix=f"fewstep run {folder}"
+            f"{folder} is a bundle already, quantized perhaps: graphs of an engine and no checkpoint",
+            expected="the checkpoint it was made from",
+            fix=f"export that, or use the bundle: fewstep run {folder}",
         )
     names = sorted(entry.name for entry in folder.iterdir())
     if "config.json" in names:

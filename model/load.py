@@ -10,9 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..runtime.bundle import Bundle
 from ..runtime.errors import CheckpointError
-from ..runtime.manifest import NAME
 from .builders import ARCHITECTURES, build_pipeline, count_weights
 from .checks import read_header
 from .diffusers_folder import Index, load_folder, read_index
@@ -85,15 +83,7 @@ def _resolve(source: str | Path, allow_download: bool) -> Path:
     """A folder or a .safetensors file that exists. Raises CheckpointError."""
     path, text = Path(source), str(source)
     if path.is_dir():
-        if not (path / NAME).exists():
-            return path
-        manifest = Bundle.open(path, check="size").manifest
-        done = ", quantized already" if any(part.quantization for part in manifest.parts.values()) else ""
-        raise CheckpointError(
-            f"{path} is a bundle{done}: graphs of an engine, no checkpoint",
-            expected="a diffusers folder, a .safetensors file, owner/name on huggingface.co or arch:sd15",
-            fix="export the checkpoint it was made from",
-        )
+        return path
     if path.is_file():
         if path.suffix in PICKLES:
             raise CheckpointError(

@@ -120,6 +120,8 @@ def test_a_foreign_folder_says_what_it_holds(tmp_path):
 def test_a_bundle_is_no_checkpoint(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
     refused(tmp_path, "is a bundle already", "fewstep run")
+    (tmp_path / "model_index.json").write_text("{}")  # as bundles have for optimum
+    refused(tmp_path, "is a bundle already", "fewstep run")
 
 
 def test_one_component_is_no_pipeline(tiny_sd):
