@@ -7,13 +7,16 @@ rewrites what the engine is slow at. Weights are written once, straight from tor
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..model.libraries import library, quiet, torch
 from ..model.model import Part
-from ..runtime.errors import CheckpointError, MissingExtra
+from ..runtime.errors import CheckpointError, FewstepError, MissingExtra
 from ..runtime.manifest import PartSpec
 from .retrace import as_traced, simplify
+
+if TYPE_CHECKING:
+    from .qdq import Convention
 
 __all__ = ["DEFAULT_OPSET", "Traced", "trace", "write", "write_graph", "write_plain"]
 
@@ -67,6 +70,8 @@ def write(traced: Traced, folder: Path, *, opset: int, fuse_attention: bool = Tr
     """
     clean = _clean()
     graph = _translate(traced, opset)
+    if traced.part.quantized is not None:
+        _qdq().quantize(graph, traced.part, _qdq().ONNXRUNTIME)
     clean.spell_out_group_norm(graph)
     if fuse_attention:
         clean.fuse_attention(graph)
@@ -75,9 +80,14 @@ def write(traced: Traced, folder: Path, *, opset: int, fuse_attention: bool = Tr
     return _save(traced.part, graph, folder)
 
 
-def write_graph(traced: Traced, folder: Path, *, opset: int) -> Path:
-    """Write folder/model.onnx for another converter to read: standard operators, whole ones where there are any."""
+def write_graph(traced: Traced, folder: Path, *, opset: int, convention: Convention | None = None) -> Path:
+    """Write folder/model.onnx for another converter to read: standard operators, whole ones where there are any.
+
+    convention  how its engine takes integers; None: as bytes without a sign (qdq.PORTABLE)
+    """
     clean, graph = _clean(), _translate(traced, opset)
+    if traced.part.quantized is not None:
+        _qdq().quantize(graph, traced.part, convention or _qdq().PORTABLE)
     clean.tidy(graph)
     clean.strip(graph)
     _save(traced.part, graph, folder)
@@ -86,7 +96,7 @@ def write_graph(traced: Traced, folder: Path, *, opset: int) -> Path:
 
 def write_plain(traced: Traced, folder: Path) -> PartSpec:
     """The un-optimized export: the operators torch.onnx.export writes when told nothing."""
-    return _save(traced.part, _translate(traced, DEFAULT_OPSET), folder)
+    return _save(traced.part, _translate(traced, DEFAULT_OPSET, quantized=False), folder)
 
 
 def _clean() -> Any:
@@ -95,6 +105,13 @@ def _clean() -> Any:
     except ModuleNotFoundError as error:
         raise MissingExtra.of("onnx-ir", "export") from error
     return clean
+
+
+def _qdq() -> Any:
+    _clean()  # onnx-ir may be missing
+    from . import qdq
+
+    return qdq
 
 
 def _save(part: Part, graph: Any, folder: Path) -> PartSpec:
@@ -109,17 +126,22 @@ def _save(part: Part, graph: Any, folder: Path) -> PartSpec:
     return PartSpec("onnxruntime", f"{part.name}/model.onnx", part.inputs, part.outputs)
 
 
-def _translate(traced: Traced, opset: int) -> Any:
-    """The program as an onnx-ir model."""
+def _translate(traced: Traced, opset: int, *, quantized: bool = True) -> Any:
+    """The program as an onnx-ir model; `quantized`: ready for qdq.quantize, where the part is."""
+    quantized = quantized and traced.part.quantized is not None
     with quiet():
         try:
             with as_traced() as possible:
                 if possible:
-                    return _translated(traced, opset)
+                    return _translated(traced, opset, quantized)
+        except FewstepError:
+            raise
         except Exception:
             pass
         try:
-            return _translated(traced, opset)
+            return _translated(traced, opset, quantized)
+        except FewstepError:
+            raise
         except Exception as error:
             raise CheckpointError(
                 f"torch.onnx cannot translate {traced.part.name} ({type(error).__name__}: {_cause(error)})",
@@ -127,7 +149,7 @@ def _translate(traced: Traced, opset: int) -> Any:
             ) from error
 
 
-def _translated(traced: Traced, opset: int) -> Any:
+def _translated(traced: Traced, opset: int, quantized: bool) -> Any:
     program = torch().onnx.export(
         traced.program,
         dynamo=True,
@@ -135,7 +157,11 @@ def _translated(traced: Traced, opset: int) -> Any:
         input_names=[spec.name for spec in traced.part.inputs],
         output_names=[spec.name for spec in traced.part.outputs],
         verbose=False,
+        optimize=not quantized,
     )
+    if quantized:  # folding constants hides whose weights they were
+        _qdq().hide(program.model, traced.part)
+        program.optimize()
     return program.model
 
 
