@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,13 +24,12 @@ from ..runtime.errors import BadInput, FewstepError
 from ..runtime.files import output_errors
 from ..runtime.plan import Plan
 from ..runtime.progress import Progress
+from .calls import STEPS, TIMESTEPS, chosen_calls
 from .recorded import BATCH, Recorded, by_part, read_shard, rows_at_once, unscaled, write_shard
 
 __all__ = ["TIMESTEPS", "Calibration", "Recorded", "calibrate", "chosen_calls"]
 
 Array = NDArray[Any]
-TIMESTEPS = ("uniform", "normal", "steps")
-
 BUDGET = 5.7e13
 """Part.work of all samples that trajectories take through the denoiser, unless told otherwise: 16 forwards of SD-1.5's
 U-Net (3.5e12 each, nine core-seconds in float32), so about two and a half minutes of one core at any size."""
@@ -40,14 +38,8 @@ MOST = 32
 """Trajectories, and network calls kept, of a model small enough that BUDGET would allow more. On emoji-64 twice as many
 change the ranges' error by less than 0.1 dB (benchmarks/results/calibration.json)."""
 
-STEPS = 16
-"""Network calls of a plan that timesteps = "steps" takes: students have 8 steps at most, of one call or two."""
-
 FIRST_SEED, FIRST_HELD_OUT = 1_000_000, 2_000_000
 """Far from the small seeds that pictures are drawn and compared with."""
-
-MEAN, DEVIATION = 0.4, 0.4
-"""Of PTQ4DM's time, in units of the whole: section 4.2 and the authors' scripts."""
 
 
 @dataclass(frozen=True)
@@ -147,32 +139,6 @@ def calibrate(model: Model, plan: Plan, how: Calibration, store: Path) -> Genera
     prompts, others = run.subjects("prompts")
     prompts = prompts if run.guidance == 1.0 else ["", *prompts]
     return Recorded(run.key(), *by_part(model, shards, prompts), *by_part(model, held, others))
-
-
-def chosen_calls(timesteps: str, calls: int, batches: int, most: int) -> list[list[int]]:
-    """Which of the plan's calls each batch of trajectories keeps, in order.
-
-    calls    of the plan
-    most     in all; fewer where the distribution cannot be had otherwise: a batch gives each call once at most
-    """
-    ends = np.arange(1, calls) - 0.5
-    if timesteps == "normal":
-        # 1 at the first call, where all is noise; edges half way between calls, both ends taking what lies beyond
-        edges = (1 - ends / (calls - 1) - MEAN) / DEVIATION if calls > 1 else ends
-        below = 1 - np.array([0.5 * math.erfc(-edge / math.sqrt(2)) for edge in edges])
-    else:
-        below = (ends + 0.5) / calls
-    share = np.diff([0.0, *below, 1.0])
-    most = batches * calls if timesteps == "steps" else most
-    total = max(1, min(most, math.floor(batches / share.max() + 1e-9)))
-    counts = np.diff(np.floor(total * np.array([0.0, *below, 1.0]) + 0.5)).astype(int)
-    kept: list[list[int]] = [[] for _ in range(batches)]
-    turn = 0
-    for call, count in enumerate(counts.tolist()):
-        for _ in range(min(count, batches)):
-            kept[turn % batches].append(call)
-            turn += 1
-    return kept
 
 
 def _settle(model: Model, plan: Plan, how: Calibration) -> _Run:
@@ -299,10 +265,10 @@ def _broken(
     if model.tokenizer is not None:
         used = list(dict.fromkeys([*prompts[: len(seeds)], ""]))
         part = model.parts["text_encoder"]
-        for prompt, feeds in zip(used, text_inputs(model, used), strict=True):
+        for text, feeds in zip(used, text_inputs(model, used), strict=True):
             if not all(np.isfinite(array).all() for array in run_part(part, feeds).values()):
                 return BadInput(
-                    f"text_encoder puts out NaN or infinity for the prompt {prompt!r}",
+                    f"text_encoder puts out NaN or infinity for the prompt {text!r}",
                     expected="numbers",
                     fix="leave the prompt out, or take weights that are not damaged",
                 )

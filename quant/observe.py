@@ -20,25 +20,14 @@ from ..model.model import Part
 from ..model.quantized import Activations
 from ..runtime.errors import BadInput
 from ..runtime.progress import Progress
+from .grid import BINS, errors, search
 
-__all__ = ["Seen", "codes_of_range", "input_codes", "observe", "predicted_db", "step_codes", "step_gain_db"]
+__all__ = ["Seen", "input_codes", "observe", "predicted_db", "step_codes", "step_gain_db"]
 
 Array = NDArray[Any]
 
-BINS = 4096
-"""Of a histogram: 16 for a code of 8 bits over the whole range, one where the search takes a sixteenth of it."""
-
 SAMPLED = 1 << 18
 """Values of one input that are counted; of larger ones, every so many. Least and largest are of all."""
-
-POWER = 2.4
-"""Of the error in the search, as for weights: clipped values weigh a little more than in a square (Q-Diffusion)."""
-
-SHRINKS = np.geomspace(1, 1 / 64, 64)
-"""Of the range, both ends together; outliers of trained networks reach some tens of times the rest."""
-
-STRETCHES = np.geomspace(0.5, 2, 33)
-"""Of each end alone, around the best of those: one end is often a short tail (SiLU's -0.28)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,16 +220,6 @@ def _rows(module: Any, x: Any, count: int, rng: np.random.Generator) -> Array:
     return np.stack(rows)
 
 
-def codes_of_range(low: float, high: float, bits: int) -> Activations:
-    """The grid of 2^bits codes over a range, which is stretched to 0: code `zero` is exactly 0."""
-    low, high = min(low, 0.0), max(high, 0.0)
-    top = 2**bits - 1
-    scale = np.float32((high - low) / top)
-    if not scale >= np.finfo(np.float32).tiny:  # nothing but zeros: any scale will do
-        return Activations(1.0, 0, bits)
-    return Activations(float(scale), int(np.clip(np.rint(-low / scale), 0, top)), bits)
-
-
 def input_codes(seen: Seen, bits: int, step: int | None = None) -> Activations:
     """The grid of least sum |x - x^|^2.4 over what was seen, ends shrunk together first and then each alone.
 
@@ -251,39 +230,14 @@ def input_codes(seen: Seen, bits: int, step: int | None = None) -> Activations:
         raise BadInput(f"inputs of {bits} bits", expected="2 to 8")
     values, counts = seen.histogram(step)
     low, high = seen.ranges[seen.steps.index(step)] if step is not None else (seen.low, seen.high)
-    low, high = min(float(low), 0.0), max(float(high), 0.0)
-
-    def best(ends: Sequence[tuple[float, float]]) -> tuple[float, float]:
-        tried = [codes_of_range(*pair, bits) for pair in ends]
-        return ends[int(np.argmin(_errors(values, counts, seen.width, tried, POWER)))]
-
-    least, most = best([(low * s, high * s) for s in SHRINKS])
-    for _ in range(2):
-        least, most = best([(max(low, least * s), most) for s in STRETCHES] + [(least, most)])
-        least, most = best([(least, min(high, most * s)) for s in STRETCHES] + [(least, most)])
-    return codes_of_range(least, most, bits)
-
-
-def _errors(
-    values: Array, counts: Array, width: float, tried: Sequence[Activations], power: float
-) -> NDArray[np.float64]:
-    """[tried] sum of |x - x^|^power. Where steps are finer than two bins, values are taken as spread evenly in them."""
-    scale = np.array([how.scale for how in tried])[:, None]
-    zero = np.array([how.zero for how in tried])[:, None]
-    top = 2 ** tried[0].bits - 1
-    code = np.rint(values / scale) + zero
-    inside = (code >= 0) & (code <= top)
-    error = np.abs(scale * (np.clip(code, 0, top) - zero) - values) ** power
-    even = np.broadcast_to((scale / 2) ** power / (power + 1), error.shape)
-    error = np.where(inside & (scale < 2 * width), even, error)
-    return np.asarray(error @ counts, np.float64)
+    return search(values, counts, seen.width, float(low), float(high), bits)
 
 
 def predicted_db(seen: Seen, how: Activations, step: int | None = None) -> float:
     """Signal to noise ratio of the rounded input, in decibels: of all steps, or of one."""
     values, counts = seen.histogram(step)
     signal = float((values**2 + seen.width**2 / 12) @ counts)
-    return _decibels(signal, float(_errors(values, counts, seen.width, [how], 2.0)[0]))
+    return _decibels(signal, float(errors(values, counts, seen.width, [how], 2.0)[0]))
 
 
 def _decibels(signal: float, noise: float) -> float:
