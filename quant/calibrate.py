@@ -99,8 +99,7 @@ class _Run:
         if len(every) < 2:
             return every, every
         count = max(1, min(self.held_out, len(every) // 4))
-        apart = set(np.linspace(0, len(every) - 1, count + 2)[1:-1].round().astype(int).tolist())
-        apart = apart or {len(every) - 1}
+        apart = set((np.linspace(0, len(every) - 1, count + 2)[1:-1] + 0.5).astype(int).tolist())
         return [s for i, s in enumerate(every) if i not in apart], [every[i] for i in sorted(apart)]
 
 
