@@ -161,6 +161,7 @@ class Probe:
 
         weights  those of `weights` for an option of weights
         """
+        _ = self.reference  # of the float module, so before anything is rounded
         if weights is not None:
             layer = Layer(weights, smooth=self.smooth.get(name))
             with simulated(self.part, Quantized({name: layer})):

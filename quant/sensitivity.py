@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..model.model import Part
-from ..model.quantized import Weights
 from ..runtime.errors import BadInput
 from ..runtime.files import atomic_write, output_errors
 from ..runtime.plan import Plan
@@ -32,6 +32,9 @@ Array = NDArray[Any]
 EXACT_WORK = 3.4e14
 """Part.work of all forwards up to which "auto" is exact: 15 minutes of a core that takes 6.5 ms for the 2.4e9 of one
 image of emoji-64's U-Net, and 9 s for the 3.5e12 of SD-1.5's."""
+
+EVERY = 2.0
+"""Seconds of work that may be lost when the process is killed."""
 
 
 def sensitivity(
@@ -51,7 +54,7 @@ def sensitivity(
     batches   named inputs of the part, each of one network call
     steps     of each batch, the plan's call
     inputs    layer -> bits -> how its input is rounded there, for the options of inputs
-    store     a folder; layers that are done are kept there after each, so that a job that was cut off goes on
+    store     a folder; layers that are done are kept there, every few seconds, so that a job that was cut off goes on
     plan      for the denoiser: what makes final latents of its outputs; None: the mean over steps counts
     guidance  the scale; other than 1, batches of guided calls are doubled, the unconditional half first
     smooth    layer -> [in channels] that its input is divided and its weights are multiplied by
@@ -73,38 +76,56 @@ def sensitivity(
     local = None
     if not exact and len(done) < len(probe.modules):
         local = yield from Local.measured(probe)
+    kept = _Kept(path, done)
     begun, fresh = time.monotonic(), 0
-    for number, name in enumerate(probe.modules):
-        if name in done:
-            continue
-        yield Progress(
-            "sensitivity", number / len(probe.modules), _note(name, begun, fresh, len(probe.modules) - number)
-        )
-        quantize = _weights(probe, name)
-        rows, bits = [], []
-        for option, weights in quantize:
-            if not probe.takes(name, option):
-                rows.append([float("nan")] * len(probe.calls))
-            elif local is not None:
-                rows.append(local.noise(name, option, weights).tolist())
-            else:
-                with probe.rounded(name, option, weights):
-                    rows.append(probe.noise().tolist())
-            count = int(probe.modules[name].weight.numel())
-            bits.append(count * how.float_bits if weights is None else weights.stored_bits())
-        done[name] = {"nsr": rows, "bits": bits}
-        fresh += 1
-        with output_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(path, json.dumps(done).encode())
+    try:
+        for number, name in enumerate(probe.modules):
+            if name in done:
+                continue
+            left = len(probe.modules) - number
+            yield Progress("sensitivity", number / len(probe.modules), _note(name, begun, fresh, left))
+            done[name] = _measured(probe, local, name)
+            fresh += 1
+            kept.save(at_once=False)
+    finally:
+        if fresh:
+            kept.save(at_once=True)
     yield Progress("sensitivity", 1.0, part.name)
     return _table(probe, mode, done, macs, plan)
 
 
-def _weights(probe: Probe, name: str) -> Iterator[tuple[str, Weights | None]]:
+def _measured(probe: Probe, local: Local | None, name: str) -> dict[str, Any]:
+    """What the table has of one layer, by option."""
+    noise, stored = [], []
     for option in probe.how.options:
         bits = bits_of(option)[0]
-        yield option, None if bits is None else probe.weights(name, bits)
+        weights = None if bits is None else probe.weights(name, bits)
+        if not probe.takes(name, option):
+            noise.append([float("nan")] * len(probe.calls))
+        elif local is not None:
+            noise.append(local.noise(name, option, weights).tolist())
+        else:
+            with probe.rounded(name, option, weights):
+                noise.append(probe.noise().tolist())
+        floats = int(probe.modules[name].weight.numel()) * probe.how.float_bits
+        stored.append(floats if weights is None else weights.stored_bits())
+    return {"nsr": noise, "bits": stored}
+
+
+@dataclass
+class _Kept:
+    """Layers that are done, on disk: not written more often than every few seconds."""
+
+    path: Path
+    done: Mapping[str, Any]
+    written: float = field(default_factory=time.monotonic)
+
+    def save(self, *, at_once: bool) -> None:
+        if at_once or time.monotonic() - self.written > EVERY:
+            with output_errors(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(self.path, json.dumps(self.done).encode())
+            self.written = time.monotonic()
 
 
 def _note(name: str, begun: float, fresh: int, left: int) -> str:
