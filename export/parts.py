@@ -154,8 +154,9 @@ def check_pipeline(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The whole pipeline against the original with equal seeds: what was measured, and the golden latent.
 
-    Against diffusers where the plan is that of the model's own scheduler, otherwise against the torch modules run
-    by the same plan. A dear model draws one image in few steps: GATE_STEPS. Raises GateFailed.
+    Against diffusers where the plan is that of the model's own scheduler and no pass put other networks in, otherwise
+    against the torch modules run by the same plan. A dear model draws one image in few steps: GATE_STEPS.
+    Raises GateFailed.
 
     manifest    with its parts as this host runs them
     precisions  what it computes them in
@@ -171,7 +172,7 @@ def check_pipeline(
         images, golden = child.call(gate.draw, folder, shown, count, work=work).value
     else:
         images, golden = gate.draw(folder, shown, count)
-    by_diffusers = sampler == "model" and model.original is not None
+    by_diffusers = sampler == "model" and model.original is not None and _as_loaded(model)
     wanted = (
         gate.draw_by_diffusers(model, shown, steps, count)
         if by_diffusers
@@ -193,6 +194,13 @@ def check_pipeline(
         else "the torch modules, same plan",
     }
     return measured, golden
+
+
+def _as_loaded(model: Model) -> bool:
+    """Whether the model's networks are those of the pipeline it came from."""
+    components = [each for each in model.original.components.values() if hasattr(each, "parameters")]
+    theirs = {id(weight) for component in components for weight in component.parameters()}
+    return all(id(weight) in theirs for part in model for weight in part.module.parameters())
 
 
 def _store(part: Part, file: Path) -> Path:

@@ -51,7 +51,7 @@ class Tiling:
     def decode(self, decode: Callable[[Array], Array], latent: Array, factor: int) -> Array:
         """The picture of a latent.
 
-        decode  [1, channels, h, w] -> [1, colours, h factor, w factor]
+        decode  [1, channels, h, w] -> [1, colors, h factor, w factor]
         latent  [1, channels, height, width]
         """
         height, width = latent.shape[2:]
