@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,11 +81,12 @@ def moments(
     modules = dict(part.module.named_modules())
     sums = {name: np.zeros(moments_shape(modules[name], widest), np.float32) for name in names}
     counts = dict.fromkeys(names, 0)
-    rng = np.random.default_rng(seed)
 
     def watch(name: str) -> Callable[[Any, tuple[Any, ...]], None]:
         groups, blocks, width, _ = sums[name].shape
         most = -(-rows * width // len(batches))
+        # of its own: what is drawn does not depend on which layers are watched beside it
+        rng = np.random.default_rng([seed, crc32(name.encode())])
 
         def hook(module: Any, arguments: tuple[Any, ...]) -> None:
             x = input_rows(module, arguments[0], most, rng).reshape(-1, groups, blocks, width)
