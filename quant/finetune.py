@@ -8,9 +8,7 @@ the network is small. A job that was cut off goes on where it was and ends with 
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,9 +27,12 @@ from ..model.trajectories import run_part
 from ..runtime.errors import BadInput
 from ..runtime.files import atomic_write, output_errors
 from ..runtime.progress import Progress
+from .pieces import check_calls, cut, drawn, key_of
 from .straight import KINDS, Trainable
 
 __all__ = ["QUEST", "Finetune", "finetune"]
+
+Feeds = Mapping[str, Array]
 
 QUEST = ("time_emb", "ff.net.2")
 """Its two stages by the names diffusers gives: all that projects the time, then the second linear layer of every
@@ -44,10 +45,10 @@ BETAS = (0.9, 0.99)
 """Adam's: a hundred steps of memory, of a few thousand."""
 
 HELD = 8
-"""One in so many batches is not trained on, and says whether the result is better than the beginning."""
+"""One in so many calls is not trained on, and says whether the result is better than the beginning."""
 
 HELD_MOST = 32
-"""Of those, at most: a twentieth of a percent of the training's forwards."""
+"""Of those, at most: their two passes cost less than a hundredth of the training."""
 
 REPORT = 10
 """Steps between two words of progress."""
@@ -60,7 +61,9 @@ class Finetune:
     steps: int = 4000
     """Of the optimizer, in each stage."""
     batch: int = 16
-    """Rows of network input in one step, put together from recorded calls at different times."""
+    """Rows of network input in one step."""
+    calls: int = 4
+    """Recorded calls, mostly at different times, that they are put together from."""
     stages: tuple[str, ...] = ("",)
     """Each trains the modules whose name contains it, one stage after the other; "" is all of them. See QUEST."""
     rate: float = 0.01
@@ -81,7 +84,7 @@ class Finetune:
     """Steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "save_every"):
+        for name in ("steps", "batch", "calls", "save_every"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{getattr(self, name)} {name}", expected="at least 1")
         for name in ("rate", "step_rate", "zero_rate", "float_rate", "layer_loss"):
@@ -96,30 +99,39 @@ class Finetune:
 
 
 def finetune(
-    part: Part, quantized: Quantized, batches: Sequence[Mapping[str, Array]], how: Finetune, store: Path
+    part: Part,
+    quantized: Quantized,
+    calls: Sequence[Feeds],
+    how: Finetune,
+    store: Path,
+    held_out: Sequence[Feeds] = (),
 ) -> Generator[Progress, None, Quantized]:
     """Train the integers of `part` until its outputs are those of its float module.
 
-    batches  calls the part really sees, by input name: at least 2, each of a few samples
-    store    a folder for checkpoints; jobs of other parts, batches or settings do not meet there
-    What comes back is no worse than `quantized` on the batches held out. It has no drift: that belonged to the old
+    calls     what the part really sees, by input name: at least 2, each of a few samples
+    store     a folder for checkpoints; jobs of other parts, calls or settings do not meet there
+    held_out  calls from other noise, which say whether the result is better; empty: every eighth of `calls`, of which
+              no piece is trained on
+    What comes back is no worse than `quantized` on the calls held out. It has no drift: that belonged to the old
     weights.
-    Raises BadInput for batches that are not finite, for a stage without layers, and when the training diverges; the
-    last good checkpoint then stays in the store.
+    Raises BadInput for calls that are not finite, for a stage without layers, and when the training diverges; the last
+    good checkpoint then stays in the store.
     """
-    _check(batches)
+    check_calls([*calls, *held_out])
+    key = key_of(part, quantized, [*calls, *held_out], asdict(how))
     store.mkdir(parents=True, exist_ok=True)
-    key = _key(part, quantized, batches, how)
+    asked = list(held_out) or list(calls[HELD - 1 :: HELD] or calls[-1:])
+    told = calls if held_out else [call for i, call in enumerate(calls) if i % HELD != HELD - 1]
+    rows, guided = max(1, how.batch // how.calls), how.guidance is not None
+    lessons, exam = cut(told, rows, guided=guided), cut(asked, rows, guided=guided)
     for number, stage in enumerate(how.stages):
         names = [name for name, module in part.module.named_modules() if stage in name and _holds(module)]
         if not names:
             raise BadInput(
                 f"no layer of {part.name} has {stage!r} in its name", fix="name others in `stages`"
             )
-        work = _Stage(
-            part, Trainable(part, quantized, names), batches, how, store / f"finetune-{key}-{number}"
-        )
-        running = work.run()
+        student = Trainable(part, quantized, names)
+        running = _Stage(part, student, lessons, exam, how, store / f"finetune-{key}-{number}").run()
         while True:
             try:
                 at = next(running)
@@ -127,11 +139,8 @@ def finetune(
                 quantized = end.value
                 break
             assert at.fraction is not None, "a stage knows its steps"
-            yield Progress(
-                f"finetune {part.name}",
-                (number + at.fraction) / len(how.stages),
-                f"{stage or 'all'}: {at.note}",
-            )
+            whole = (number + at.fraction) / len(how.stages)
+            yield Progress(f"finetune {part.name}", whole, f"{stage or 'all'}: {at.note}")
     return quantized
 
 
@@ -141,33 +150,30 @@ class _Stage:
 
     part: Part
     student: Trainable
-    batches: Sequence[Mapping[str, Array]]
+    pieces: Sequence[Feeds]
+    exam: Sequence[Feeds]
     how: Finetune
     path: Path
     targets: dict[int, tuple[Any, ...]] = field(default_factory=dict)
-    """Outputs of the float module, by number of the batch."""
+    """Outputs of the float module, by number of the piece."""
 
     def run(self) -> Generator[Progress, None, Quantized]:
-        held = list(range(len(self.batches)))[HELD - 1 :: HELD] or [len(self.batches) - 1]
-        seen = [i for i in range(len(self.batches)) if i not in set(held)]
-        held = held[:HELD_MOST]
         before = self.student.quantized()
-        first = self.error(held)
+        first = self.error()
         optimizer = self.optimizer()
         begin = self.load(optimizer)
         started, smooth = time.monotonic(), 0.0
         for step in range(begin, self.how.steps):
             self.set_rates(optimizer, step)
             optimizer.zero_grad()
-            loss = self.loss(self.drawn(seen, step))
+            loss = self.loss(drawn(len(self.pieces), step, self.how.calls, self.how.seed))
             smooth = float(loss.detach()) if step == begin else 0.95 * smooth + 0.05 * float(loss.detach())
             if not isfinite(float(loss.detach())):
+                kept = f"; the last good state is in {self.path}" if self.path.exists() else ""
                 raise BadInput(
                     f"finetuning {self.part.name} diverged: the loss is {float(loss.detach())} at step {step}",
                     expected="a number",
-                    fix=f"halve the rates; the last good state is in {self.path}"
-                    if self.path.exists()
-                    else "halve the rates",
+                    fix=f"halve the rates{kept}",
                 )
             if step % self.how.save_every == 0 and step > begin:
                 self.save(optimizer, step)  # of what the loss has just been found finite for
@@ -178,28 +184,18 @@ class _Stage:
                 left = (time.monotonic() - started) / (step + 1 - begin) * (self.how.steps - step - 1)
                 note = f"step {step + 1}, {10 * np.log10(1 / max(smooth, 1e-30)):.2f} dB, {left:.0f} s left"
                 yield Progress("", step / self.how.steps, note)
-        last = self.error(held)
+        last = self.error()
         note = f"held out {_decibels(first):.2f} dB before, {_decibels(last):.2f} dB after"
         yield Progress("", 1.0, note)
         self.save(optimizer, self.how.steps)
         return self.student.quantized() if last < first else before
 
-    def drawn(self, seen: list[int], step: int) -> list[int]:
-        """Which batches this step takes: every one once before any comes again, in an order of its own each time."""
-        rows = len(next(iter(self.batches[0].values())))
-        many = max(1, round(self.how.batch / rows))
-        places = range(step * many, (step + 1) * many)
-        orders = {at // len(seen): None for at in places}
-        shuffled = {e: np.random.default_rng([self.how.seed, e]).permutation(seen) for e in orders}
-        return [int(shuffled[at // len(seen)][at % len(seen)]) for at in places]
-
     def loss(self, numbers: Sequence[int]) -> Any:
         """The mean over batches of the squared error over the squared output of the float module."""
         feeds = {
-            name: np.concatenate([self.batches[i][name] for i in numbers])
-            for name in self.batches[numbers[0]]
+            name: np.concatenate([self.pieces[i][name] for i in numbers]) for name in self.pieces[numbers[0]]
         }
-        sizes = [len(next(iter(self.batches[i].values()))) for i in numbers]
+        sizes = [len(next(iter(self.pieces[i].values()))) for i in numbers]
         total = 0.0
         if self.how.layer_loss > 0:
             total, wanted, got = self.layer_losses(feeds)
@@ -238,17 +234,20 @@ class _Stage:
 
     def target(self, number: int) -> tuple[Any, ...]:
         if number not in self.targets:
-            outputs = run_part(self.part, self.batches[number]).values()
+            outputs = run_part(self.part, self.pieces[number]).values()
             self.targets[number] = tuple(torch().from_numpy(output) for output in outputs)
         return self.targets[number]
 
-    def error(self, numbers: Sequence[int]) -> float:
-        """Of the part's outputs alone."""
+    def error(self) -> float:
+        """Of the part's outputs alone, on what is held out."""
+        found = []
         with torch().no_grad():
-            pairs = ((self.student(self.batches[i]), self.target(i)) for i in numbers)
-            return float(
-                np.mean([float(self.relative(g, r)) for got, right in pairs for g, r in zip(got, right)])
-            )
+            for piece in self.exam[:: -(-len(self.exam) // HELD_MOST)]:
+                right = (torch().from_numpy(output) for output in run_part(self.part, piece).values())
+                found += [
+                    float(self.relative(*pair)) for pair in zip(self.student(piece), right, strict=True)
+                ]
+        return float(np.mean(found))
 
     def optimizer(self) -> Any:
         groups = [
@@ -314,32 +313,3 @@ def _decibels(error: float) -> float:
 def _holds(module: Any) -> bool:
     """Whether parameters are the module's own, not its children's."""
     return any(True for _ in module.parameters(recurse=False))
-
-
-def _check(batches: Sequence[Mapping[str, Array]]) -> None:
-    if len(batches) < 2:
-        raise BadInput(
-            f"{len(batches)} batches to finetune on", expected="at least 2", fix="record more calls"
-        )
-    for number, batch in enumerate(batches):
-        for name, array in batch.items():
-            if not np.isfinite(array).all():
-                raise BadInput(
-                    f"batch {number}: {name} is not finite", expected="numbers", fix="record the calls again"
-                )
-
-
-def _key(part: Part, quantized: Quantized, batches: Sequence[Mapping[str, Array]], how: Finetune) -> str:
-    """Of all that the result depends on."""
-    digest = hashlib.sha256(json.dumps([part.name, asdict(how)], sort_keys=True).encode())
-    for name, tensor in part.module.state_dict().items():
-        digest.update(name.encode() + np.ascontiguousarray(tensor.detach().numpy()).tobytes())
-    for name, layer in quantized.layers.items():
-        digest.update(f"{name} {layer.input} {layer.weights.bits}".encode())
-        arrays = (layer.weights.codes, layer.weights.scale, layer.weights.zero, layer.weights.multiplier)
-        for array in (*arrays, layer.smooth, layer.bias):
-            digest.update(b"-" if array is None else np.ascontiguousarray(array).tobytes())
-    for named in (quantized.params, *batches):
-        for name in sorted(named):
-            digest.update(name.encode() + np.ascontiguousarray(named[name]).tobytes())
-    return digest.hexdigest()[:16]

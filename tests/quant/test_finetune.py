@@ -202,7 +202,7 @@ def test_training_halves_the_error_on_calls_never_seen(part, rounded, tmp_path):
 
 
 def test_a_job_cut_off_ends_with_the_same_bits(part, rounded, tmp_path):
-    how = Finetune(steps=30, batch=8, stages=("time_emb", ""), save_every=7)
+    how = Finetune(steps=30, batch=8, calls=2, stages=("time_emb", ""), save_every=7)
     whole, _ = finished(finetune(part, rounded, calls(), how, tmp_path / "whole"))
     for stop in (1, 3, 5):
         running = finetune(part, rounded, calls(), how, tmp_path / "cut")
@@ -282,7 +282,7 @@ def test_divergence_is_an_error_and_the_last_good_state_stays(part, rounded, tmp
 def test_calls_that_are_not_finite_are_refused(part, rounded, tmp_path):
     batches = calls()
     batches[3]["sample"][0, 0, 0, 0] = np.inf
-    with pytest.raises(BadInput, match="batch 3: sample"):
+    with pytest.raises(BadInput, match="call 3: sample"):
         next(finetune(part, rounded, batches, Finetune(), tmp_path))
 
 
@@ -297,3 +297,8 @@ def test_a_stage_without_layers_is_refused(part, rounded, tmp_path):
 def test_settings_that_mean_nothing_are_refused(wrong):
     with pytest.raises(BadInput):
         Finetune(**wrong)
+
+
+def test_an_odd_call_has_no_two_halves(part, rounded, tmp_path):
+    with pytest.raises(BadInput, match="3 rows"):
+        next(finetune(part, rounded, calls(rows=3), Finetune(steps=2, guidance=3.0), tmp_path))
