@@ -134,9 +134,14 @@ def record(part: Part, batches: Sequence[Mapping[str, Array]], block: str, memor
     """
     module = dict(part.module.named_modules())[block]
     calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
+    entered: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     share = memory_mib * 2**20 / len(batches)
 
-    def hook(_: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+    def enter(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        entered.append((arguments, named))
+
+    def leave(_: Any, __: Any, output: Any) -> None:
+        arguments, named = entered.pop()
         output = output[0] if isinstance(output, tuple) else output
         count = len(output)
         every = [output, *arguments, *named.values()]
@@ -150,13 +155,14 @@ def record(part: Part, batches: Sequence[Mapping[str, Array]], block: str, memor
         calls.append((tuple(map(cut, arguments)), {k: cut(v) for k, v in named.items()}, cut(output)))
         raise _EnoughError
 
-    handle = module.register_forward_hook(hook, with_kwargs=True)
-    try:
+    with ExitStack() as stack:
+        # before the hooks of a simulation, which belong to the block
+        handle = module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+        stack.callback(handle.remove)
+        stack.callback(module.register_forward_hook(leave).remove)
         for batch in batches:
             with suppress(_EnoughError):
                 run_part(part, batch)
-    finally:
-        handle.remove()
     counts = [len(output) for _, _, output in calls]
     arguments = tuple(_joined(values, counts) for values in zip(*(call[0] for call in calls)))
     named = {key: _joined([call[1][key] for call in calls], counts) for key in calls[0][1]}
