@@ -28,10 +28,11 @@ CELL = 16
 """Pixels a row is high."""
 
 STYLE = (
-    f".heat {{ font-size: 11px; grid-template-columns: minmax(8rem, 22rem) 1fr 4.5rem; }} "
+    "@media (min-width: 34.01rem) { .heat { grid-template-columns: minmax(8rem, 24rem) 1fr 4.5rem; } } "
     f".heat svg {{ height: {CELL}px; }}"
     ".heat .label, .heat .value { font-size: 11px; line-height: 1.3; white-space: nowrap; overflow: hidden; "
     "text-overflow: ellipsis; } .heat text { fill: var(--soft); font-size: 11px; }"
+    ".worst td:first-child { overflow-wrap: anywhere; min-width: 9rem; }"
     ".swatch { display: inline-block; width: 1.4em; height: .8em; }"
     + "".join(
         f".h{i} {{ --h: color-mix(in oklab, var(--bad) {round(100 * i / (SHADES - 1))}%, var(--page)); "
@@ -91,11 +92,12 @@ def _worst(table: Table, chosen: Mapping[str, str]) -> str:
             f"{100 * error / total:.1f} %",
             human_bytes(math.ceil(table.stored_bits(layer, option) / 8)),
         )
-        cells = "".join(f"<td>{escape(text)}</td>" for text in (layer, kind_of(layer), option))
+        texts = (_short(layer), kind_of(layer), option)
+        cells = "".join(f"<td>{escape(text)}</td>" for text in texts)
         rows.append(cells + "".join(f'<td class="n">{number}</td>' for number in numbers))
     header = ("layer", "kind", "option", "alone, at the end", "of all noise", "size")
     text = "Those that make most of the noise as chosen: raise them first."
-    return section("Worst layers", text, html_table(header, rows, numbers=3))
+    return section("Worst layers", text, f'<div class="worst">{html_table(header, rows, numbers=3)}</div>')
 
 
 def _kinds(table: Table) -> str:
@@ -158,7 +160,7 @@ def _map(table: Table, options: Sequence[str]) -> str:
             cells.append(f'<rect class="h{_shade(decibels(value))}" {place}>{tip}</rect>')
         name, final = escape(layer), f"{decibels(table.error(layer, option)):.1f} dB"
         drawing = f'<svg width="100%" height="{CELL}" role="img" aria-label="{name}: {final}">{"".join(cells)}</svg>'
-        label = f'<span class="label" title="{name}">{escape(layer.removeprefix("network."))} {option}</span>'
+        label = f'<span class="label" title="{name}">{option} {escape(_short(layer))}</span>'
         rows.append(f'{label}{drawing}<span class="value">{final}</span>')
     return f'<div class="plot heat">{"".join(rows)}{_axis(table.steps)}</div>'
 
@@ -169,6 +171,11 @@ def _axis(steps: Sequence[int]) -> str:
         for k, step in enumerate(steps)
     )
     return f'<span></span><svg width="100%" height="{CELL}" aria-hidden="true">{marks}</svg><span></span>'
+
+
+def _short(layer: str) -> str:
+    """Without the wrapper's name, which all layers of a network share."""
+    return layer.removeprefix("network.")
 
 
 def _shade(db: float) -> int:
