@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import re
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 
-from ..model.libraries import library
+from ..model.libraries import library, torch
+from ..model.quantized import Layer
 from ..runtime.errors import CheckpointError, MissingExtra
 from ..runtime.manifest import PartSpec
 from .onnx import Traced, write_graph
+from .openvino_weights import fill, stand_ins
 
 __all__ = ["GRAPH", "convert", "write"]
 
@@ -38,28 +41,35 @@ def write(
     """Write folder/openvino_model.xml and .bin; returns the part's spec.
 
     opset      the ONNX operator set it is read from
-    weights    what large constants are stored as: float32 or float16
-    precision  what the engine is asked to compute in
+    weights    what large constants are stored as: float32 or float16; quantized ones take the bits they have
+    precision  what the engine is asked to compute in, but for layers whose input is quantized as well
     device     cpu, gpu or npu
     model      an openvino.Model of this part to store instead, its weights compressed already for instance
     The same part gives the same bytes. Raises CheckpointError where OpenVINO cannot read the translation.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    whole = traced.part.quantized is None
     if model is not None:
-        _save(model, folder / GRAPH, weights)
+        _save(model, folder / GRAPH, weights, whole=whole)
     else:
         with tempfile.TemporaryDirectory(dir=folder) as work:
-            _save(convert(traced, Path(work), opset=opset), folder / GRAPH, weights)
+            _save(convert(traced, Path(work), opset=opset), folder / GRAPH, weights, whole=whole)
     part, graph = traced.part, f"{traced.part.name}/{GRAPH}"
     return PartSpec("openvino", graph, part.inputs, part.outputs, precision=precision, device=device)
 
 
 def convert(traced: Traced, work: Path, *, opset: int) -> Any:
-    """The part as an openvino.Model in float32, what a compression starts from; its weights are mapped from `work`."""
+    """The part as an openvino.Model in float32, its quantized weights as integers; they are mapped from `work`."""
     openvino, part = _openvino(), traced.part
-    core = openvino.Core()
+    core, shorter = openvino.Core(), dict[str, Layer]()
+    if part.quantized is not None:
+        embedding = torch().nn.Embedding
+        tables = (name for name, module in part.module.named_modules() if isinstance(module, embedding))
+        quantized, shorter = stand_ins(part.quantized, frozenset(tables))
+        traced = Traced(replace(part, quantized=quantized), traced.program)
     try:
         model = core.read_model(str(write_graph(traced, work, opset=opset)))
+        fill(model, shorter)
         exact = _angles(model)
         _reshape_by_name(model, exact)
         openvino.save_model(model, str(work / "float32.xml"), compress_to_fp16=False)
@@ -125,9 +135,27 @@ def _mark(file: Path, names: set[str]) -> None:
     tree.write(file, encoding="utf-8", xml_declaration=True)
 
 
-def _save(model: Any, file: Path, weights: str) -> None:
+def _save(model: Any, file: Path, weights: str, *, whole: bool) -> None:
+    """whole: nothing is quantized. What is has float scales, and those of 1e-5 would keep 3 digits in float16."""
     _name(model)
-    _openvino().save_model(model, str(file), compress_to_fp16=weights == "float16")
+    halves = weights == "float16"
+    if halves and not whole:
+        _halve(model)
+    _openvino().save_model(model, str(file), compress_to_fp16=halves and whole)
+
+
+def _halve(model: Any) -> None:
+    """Store float weights that an operator reads as they are, and only those, in float16."""
+    operators = library("openvino.opset13")
+    for node in model.get_ordered_ops():
+        if node.get_type_name() not in ("Convolution", "MatMul", "Gather"):
+            continue
+        for place in (0, 1):
+            weights = node.input_value(place).get_node()
+            if weights.get_type_name() == "Constant" and weights.get_element_type().to_string() == "f32":
+                half = operators.convert(operators.constant(weights.data.astype(np.float16)), np.float32)
+                half.set_friendly_name(f"{weights.get_friendly_name()}.whole")
+                node.input(place).replace_source_output(half.output(0))
 
 
 def _name(model: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import openvino
 from numpy.typing import NDArray
+from openvino.passes import ConstantFolding, Manager
 
 from ..errors import BadInput, BundleError
 from ..manifest import PartSpec, TensorSpec
@@ -77,6 +78,7 @@ def open_session(path: Path, spec: PartSpec, *, threads: int | None = None) -> O
         raise _cannot("read", path, error) from None
     _check(path, model.inputs, spec.inputs)
     _check(path, model.outputs, spec.outputs)
+    _unpack(model)
     return OpenVinoSession(path, model, device, properties, large=weights.stat().st_size > LARGE_BYTES)
 
 
@@ -125,6 +127,22 @@ class OpenVinoSession:
                 raise _cannot("compile", self._path, error) from None
             request = self._requests[key] = compiled.create_infer_request()
         return request
+
+
+def _unpack(model: Any) -> None:
+    """Compute integer weights that the file has in fewer bits, or as groups with multipliers.
+
+    export/openvino_weights.py ends them all in a Convert to i8. The engine would leave some of that for run time, and
+    would not see that an integer kernel fits.
+    """
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "Convert" and node.get_element_type() == openvino.Type.i8:
+            alone = openvino.Model(
+                [node.output(0)], []
+            )  # of the same nodes: what is folded here is folded there
+            manager = Manager()
+            manager.register_pass(ConstantFolding())
+            manager.run_passes(alone)
 
 
 def _check(path: Path, found: Sequence[Any], expected: Sequence[TensorSpec]) -> None:
