@@ -32,28 +32,30 @@ FLOAT = "float"
 MAX_DB = 300.0
 """Stands for no error at all: JSON has no infinity, and float64 itself ends at 313 dB."""
 
-KINDS = {
-    "conv_in": "*conv_in",
-    "conv_out": "*conv_out",
-    "time embedding": "*time_embedding.linear_*",
-    "time projection": "*time_emb_proj",
-    "shortcut": "*conv_shortcut",
-    "resnet conv1": "*resnets.*.conv1",
-    "resnet conv2": "*resnets.*.conv2",
-    **{f"self {end}": f"*attn1.to_{end}*" for end in ("q", "k", "v", "out")},
-    **{f"cross {end}": f"*attn2.to_{end}*" for end in ("q", "k", "v", "out")},
-    "feed-forward in": "*ff.net.0.proj",
-    "feed-forward out": "*ff.net.2",
-    "attention proj_in": "*attentions.*.proj_in",
-    "attention proj_out": "*attentions.*.proj_out",
-    "sampler": "*samplers.*.conv",
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "conv_in": ("*conv_in",),
+    "conv_out": ("*conv_out",),
+    "time embedding": ("*time_embedding.linear_*",),
+    "time projection": ("*time_emb_proj",),
+    "shortcut": ("*conv_shortcut",),
+    "resnet conv1": ("*resnets.*.conv1",),
+    "resnet conv2": ("*resnets.*.conv2",),
+    **{f"self {end}": (f"*attn1.to_{end}*", f"*self_attn.{end}_proj") for end in ("q", "k", "v", "out")},
+    **{f"cross {end}": (f"*attn2.to_{end}*",) for end in ("q", "k", "v", "out")},
+    "feed-forward in": ("*ff.net.0.proj", "*mlp.fc1"),
+    "feed-forward out": ("*ff.net.2", "*mlp.fc2"),
+    "attention proj_in": ("*attentions.*.proj_in",),
+    "attention proj_out": ("*attentions.*.proj_out",),
+    "sampler": ("*samplers.*.conv",),
+    "embedding": ("*token_embedding", "*position_embedding"),
 }
-"""Kind of operator -> pattern of the names diffusers' networks give it; the first that fits counts."""
+"""Kind of operator -> patterns of the names diffusers' and transformers' networks give it; the first that fits counts."""
 
 
 def kind_of(layer: str) -> str:
     """One of KINDS, or "other"."""
-    return next((kind for kind, pattern in KINDS.items() if fnmatchcase(layer, pattern)), "other")
+    fits = (kind for kind, patterns in KINDS.items() if any(fnmatchcase(layer, p) for p in patterns))
+    return next(fits, "other")
 
 
 def split(option: str) -> tuple[str, ...]:

@@ -343,5 +343,6 @@ def test_options_are_read_as_they_are_written():
     assert bits_of("a16") == (None, 16)
     assert kind_of("network.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_out.0") == "cross out"
     assert kind_of("network.mid_block.resnets.0.time_emb_proj") == "time projection"
+    assert kind_of("network.text_model.encoder.layers.3.self_attn.out_proj") == "self out"
     assert kind_of("decoder.conv_in") == "conv_in"
     assert decibels(0.01) == pytest.approx(20)
