@@ -49,7 +49,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "sampler": ("*samplers.*.conv",),
     "embedding": ("*token_embedding", "*position_embedding"),
 }
-"""Kind of operator -> patterns of the names diffusers' and transformers' networks give it; the first that fits counts."""
+"""Kind of operator -> patterns of the names diffusers' and transformers' networks give it; the first that fits."""
 
 
 def kind_of(layer: str) -> str:
