@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from numpy.typing import NDArray
-
 from ..model.model import Context, Model, Part
-from ..model.quantized import Layer, Quantized
+from ..model.quantized import Quantized
 from ..runtime.errors import BadInput
 from ..runtime.progress import Progress
+from . import compose, drift
 from .calibrate import Calibration, Recorded, calibrate
-from .observe import Seen, input_codes, observe
+from .compensate import Compensation, compensate
+from .finetune import Finetune, finetune
 from .scheme import Scheme, parse_scheme
 from .simulate import quantizable
-from .weights import nearest
 
 __all__ = ["Quantize"]
 
-Array = NDArray[Any]
-
 CASES = 4
 """Held-out batches the gate compares on."""
+
+ROUNDINGS = ("nearest", "gptq")
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,15 @@ class Quantize:
     text: str = "w8"
     """Of the text encoder: weights alone, for its share of the time is small and its outliers are not."""
     group: int = 64
-    """Weights of a row that share a scale, at less than 8 bits: [derived] a float scale for 64 adds half a bit."""
+    """Weights of a row that share a scale, at less than 8 bits; 0: a whole row."""
+    rounding: str = "gptq"
+    """Of weights of less than 8 bits: gptq, where the later weights of a row make up for the earlier, or nearest."""
+    smooth: bool = True
+    """Even out channels of inputs where that earns its multiplication."""
+    correct: bool = True
+    """Take off the mean error of layers and, by timestep, of the denoiser's output."""
+    finetune: int = 0
+    """Steps of training the denoiser's integers on its own float outputs: some thousands for w4a4."""
     keep: tuple[str, ...] = ()
     """Layers left in floating point, as PART.LAYER with * and ? for any letters: "unet.*.conv_shortcut"."""
     samples: int = 0
@@ -49,18 +56,27 @@ class Quantize:
     """To calibrate on; empty: those that came with the model."""
 
     def __call__(self, model: Model, ctx: Context) -> Generator[Progress, None, Model]:
-        """Raises BadInput for schemes and patterns that fit nothing, and what calibrate raises."""
+        """Raises BadInput for schemes and patterns that fit nothing, a budget of bits that cannot be met, and what
+        calibrate raises.
+        """
         schemes = self._schemes(model)
         _check_patterns(self.keep, model)
+        if self.rounding not in ROUNDINGS:
+            raise BadInput(f"rounding {self.rounding!r}", expected=" or ".join(ROUNDINGS))
         how = Calibration(
             samples=self.samples or None, timesteps=self.timesteps, prompts=self.prompts, seed=ctx.seed
         )
-        recorded = yield from calibrate(model, ctx.plan, how, ctx.store)
+        share = 0.5 / len(schemes)  # recording takes about as long as all the rest together
+        recorded = yield from _scaled(calibrate(model, ctx.plan, how, ctx.store), 0.0, 0.5)
         parts = {}
-        for name, scheme in schemes.items():
-            part = model.parts[name]
-            quantized = yield from self._part(part, scheme, recorded)
-            parts[name] = replace(part, quantized=quantized)
+        for number, (name, scheme) in enumerate(schemes.items()):
+            begin = 0.5 + share * number
+            names = self._layers(model.parts[name])
+            if not names:
+                continue
+            job = self._part(model, model.parts[name], names, scheme, recorded, ctx)
+            quantized = yield from _scaled(job, begin, begin + share)
+            parts[name] = replace(model.parts[name], quantized=quantized)
         return model.after(self, parts)
 
     def _schemes(self, model: Model) -> dict[str, Scheme]:
@@ -75,48 +91,73 @@ class Quantize:
         }
         return {name: parse_scheme(text) for name, text in written.items() if text}
 
-    def _part(self, part: Part, scheme: Scheme, recorded: Recorded) -> Generator[Progress, None, Quantized]:
-        layers = {
-            name: module
-            for name, module in quantizable(part).items()
+    def _layers(self, part: Part) -> list[str]:
+        """Those that are not kept."""
+        return [
+            name
+            for name in quantizable(part)
             if not any(fnmatchcase(f"{part.name}.{name}", pattern) for pattern in self.keep)
-        }
-        batches = recorded.batches(part.name)
-        seen: Mapping[str, Seen] = {}
+        ]
+
+    def _part(
+        self,
+        model: Model,
+        part: Part,
+        names: list[str],
+        scheme: Scheme,
+        recorded: Recorded,
+        ctx: Context,
+    ) -> Generator[Progress, None, Quantized]:
+        batches, steps = recorded.batches(part.name), recorded.steps(part.name)
+        high = compose.protected(part, batches[0])
+        denoiser = part.name == model.denoiser
+        guidance = model.guidance.scale if denoiser and model.guidance.kind != "none" else 1.0
+        inputs = compose.Inputs()
         if scheme.inputs is not None:
-            fed = [name for name, module in layers.items() if type(module).__name__ != "Embedding"]
-            seen = yield from observe(part, batches, fed, recorded.steps(part.name))
-        found = {}
-        for number, (name, module) in enumerate(layers.items()):
-            yield Progress("round", number / len(layers), f"{part.name}, layer {number + 1} of {len(layers)}")
-            bits = 8 if _protected(part, name) else int(scheme.weights)
-            weights = nearest(
-                module.weight.detach().numpy(),
-                bits,
-                group=0 if bits == 8 else self.group,
-                multiplier=scheme.inputs is not None,
-                name=f"{part.name}.{name}",
+            inputs = yield from compose.round_inputs(
+                part, names, batches, steps, scheme, high, smooth=self.smooth
             )
-            codes = None
-            if scheme.inputs is not None and name in seen and not _of_time(name):
-                codes = input_codes(seen[name], 8 if _protected(part, name) else scheme.inputs)
-            found[name] = Layer(weights, codes)
-        cases = {
-            f"held out {number + 1}": dict(batch)
-            for number, batch in enumerate(recorded.held_out(part.name)[:CASES])
-        }
-        return Quantized(found, cases=cases)
+        bits = compose.even_bits(names, scheme, high)
+        if scheme.mixed:
+            bits = yield from compose.mixed_bits(
+                part, names, scheme, recorded, inputs, ctx, group=self.group, guidance=guidance
+            )
+        quantized = yield from compose.round_weights(part, bits, inputs, group=self.group)
+        if self.rounding == "gptq" and min(bits.values()) < 8:
+            quantized = yield from compensate(part, quantized, batches, Compensation(), ctx.store)
+        if self.correct and scheme.inputs is not None:
+            quantized = yield from drift.correct_biases(part, quantized, batches)
+        if self.finetune and denoiser:
+            train = Finetune(
+                steps=self.finetune, guidance=guidance if guidance != 1.0 else None, seed=ctx.seed
+            )
+            quantized = yield from finetune(
+                part, quantized, batches, train, ctx.store, recorded.held_out(part.name)
+            )
+        if self.correct and denoiser:
+            scale = guidance if guidance != 1.0 else None
+            means = yield from drift.measure_drift(part, quantized, batches, scale)
+            quantized = drift.with_drift(quantized, means)
+        return replace(quantized, cases=_cases(part, recorded), weakest=inputs.weakest)
 
 
-def _protected(part: Part, name: str) -> bool:
-    """The first and the last layer keep 8 bits (Q-Diffusion, section 4.1), and so do tables of tokens."""
-    every = list(quantizable(part))
-    return name in (every[0], every[-1]) or _of_time(name) or "embedding" in name
+def _cases(part: Part, recorded: Recorded) -> dict[str, dict[str, Any]]:
+    """For the gate, evenly spread over the plan."""
+    held, steps = recorded.held_out(part.name), recorded.steps_held_out(part.name)
+    picked = range(0, len(held), max(1, len(held) // CASES))
+    return {f"held out, call {steps[i] + 1}": dict(held[i]) for i in picked}
 
 
-def _of_time(name: str) -> bool:
-    """Layers that see nothing but the time: few numbers, all of them decisive (QuEST, section 4.2)."""
-    return "time_emb" in name
+def _scaled(work: Generator[Progress, None, Any], begin: float, end: float) -> Generator[Progress, None, Any]:
+    """The same work, its fractions within a part of the whole. Work inside counts anew; what is shown never falls."""
+    last = begin
+    while True:
+        try:
+            event = next(work)
+        except StopIteration as stop:
+            return stop.value
+        last = max(last, begin + (end - begin) * (event.fraction or 0.0))
+        yield replace(event, fraction=last)
 
 
 def _check_patterns(patterns: tuple[str, ...], model: Model) -> None:

@@ -1,0 +1,175 @@
+"""From recorded inputs to the integers of one part: its layers' inputs, then bits, then weights."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..model.model import Context, Part
+from ..model.quantized import Activations, Layer, Quantized
+from ..runtime.progress import Progress
+from .blocks import run_order
+from .budget import PROTECTED, average_bits, choose
+from .calibrate import Recorded
+from .observe import Seen, input_codes, observe, predicted_db
+from .scheme import Scheme
+from .sensitivity import Sensitivity, sensitivity
+from .simulate import quantizable
+from .smooth import shared_inputs, smoothing, splits
+from .table import bits_of
+from .weights import nearest
+
+__all__ = ["Inputs", "even_bits", "mixed_bits", "protected", "round_inputs", "round_weights"]
+
+Array = NDArray[Any]
+Feeds = Mapping[str, Array]
+
+ROWS = 256
+"""Of a layer's input kept to try smoothing on."""
+
+OPTIONS = ("w8", "w6", "w5", "w4", "w3", "w2")
+"""That mixed precision chooses from."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """How the inputs of layers are rounded; empty where they are not."""
+
+    codes: Mapping[str, Activations] = field(default_factory=dict)
+    smooth: Mapping[str, Array] = field(default_factory=dict)
+    weakest: tuple[str, ...] = ()
+    """Layers by the noise of their rounded inputs, the worst first."""
+
+
+def of_time(name: str) -> bool:
+    """Layers that see nothing but the time: few numbers, all of them decisive (QuEST, section 4.2)."""
+    return "time_emb" in name or "class_emb" in name
+
+
+def protected(part: Part, batch: Feeds) -> set[str]:
+    """The first and the last layer keep 8 bits (Q-Diffusion, section 4.1), as do tables and what sees the time."""
+    modules = quantizable(part)
+    found = {name for name in modules if of_time(name) or type(modules[name]).__name__ == "Embedding"}
+    rest = [name for name in run_order(part, batch, list(modules)) if name not in found]
+    return found | set(rest[:1]) | set(rest[-1:])
+
+
+def even_bits(names: Sequence[str], scheme: Scheme, high: Collection[str]) -> dict[str, int]:
+    """The scheme's bits for all layers but those that keep 8."""
+    return {name: 8 if name in high else int(scheme.weights) for name in names}
+
+
+def round_inputs(
+    part: Part,
+    names: Sequence[str],
+    batches: Sequence[Feeds],
+    steps: Sequence[int],
+    scheme: Scheme,
+    high: Collection[str],
+    *,
+    smooth: bool,
+) -> Generator[Progress, None, Inputs]:
+    """Codes for the inputs of every layer that has some and sees more than the time."""
+    assert scheme.inputs is not None
+    modules = quantizable(part)
+    fed = [n for n in names if type(modules[n]).__name__ != "Embedding" and not of_time(n)]
+    seen = yield from observe(part, batches, fed, steps, rows=ROWS if smooth else 0)
+    found: dict[str, Array] = {}
+    if smooth:
+        found = yield from _smoothed(part, seen, batches[0], scheme, high)
+        if found:
+            again = yield from observe(part, batches, list(found), steps, smooth=found)
+            seen = {**seen, **again}
+    codes = {name: input_codes(one, 8 if name in high else scheme.inputs) for name, one in seen.items()}
+    noise = sorted(codes, key=lambda name: predicted_db(seen[name], codes[name]))
+    return Inputs(codes, found, tuple(noise))
+
+
+def _smoothed(
+    part: Part, seen: Mapping[str, Seen], batch: Feeds, scheme: Scheme, high: Collection[str]
+) -> Generator[Progress, None, dict[str, Array]]:
+    """Layer -> what its input is divided by, where that earns its multiplication; the same for all that share one."""
+    assert scheme.inputs is not None
+    modules, halves = quantizable(part), splits(part, batch)
+    together = {names[0]: names for names in shared_inputs(part, batch)}
+    later = {name for names in together.values() for name in names[1:]}
+    found: dict[str, Array] = {}
+    for number, name in enumerate(seen):
+        if name in later or name in high:
+            continue
+        yield Progress("smooth", number / len(seen), f"{part.name}, layer {number + 1} of {len(seen)}")
+        names = [each for each in together.get(name, (name,)) if each in seen]
+        weight = np.concatenate([modules[each].weight.detach().numpy() for each in names])
+        divisor = smoothing(
+            seen[name],
+            weight,
+            bits=int(scheme.weights),
+            input_bits=scheme.inputs,
+            halves=halves.get(name, ()),
+        )
+        if divisor is not None:
+            found |= dict.fromkeys(names, divisor)
+    return found
+
+
+def mixed_bits(
+    part: Part,
+    names: Sequence[str],
+    scheme: Scheme,
+    recorded: Recorded,
+    inputs: Inputs,
+    ctx: Context,
+    *,
+    group: int,
+    guidance: float,
+) -> Generator[Progress, None, dict[str, int]]:
+    """Bits for every layer so that they are scheme.weights on average, scales included, and the error is least.
+
+    Raises BadInput where the layers that are protected or kept leave too little, saying how much there must be.
+    """
+    table = yield from sensitivity(
+        part,
+        recorded.batches(part.name),
+        recorded.steps(part.name),
+        {},
+        Sensitivity(options=OPTIONS, group=group),
+        ctx.store,
+        plan=ctx.plan if "timestep" in recorded.batches(part.name)[0] else None,
+        guidance=guidance,
+        smooth=inputs.smooth,
+    )
+    fixed = {name: "float" for name in table.layers if name not in names}
+    weights_only = [replace(pin, inputs=0) for pin in PROTECTED]
+    chosen = choose(table, average_bits(table, scheme.weights), OPTIONS, pins=weights_only, fixed=fixed)
+    return {name: bits_of(option)[0] or 8 for name, option in chosen.items() if name in names}
+
+
+def round_weights(
+    part: Part, bits: Mapping[str, int], inputs: Inputs, *, group: int
+) -> Generator[Progress, None, Quantized]:
+    """Every layer of `bits` as the nearest integers; groups of rows that 8-bit kernels shall take get multipliers."""
+    modules = quantizable(part)
+    layers: dict[str, Layer] = {}
+    for number, (name, count) in enumerate(bits.items()):
+        yield Progress("round", number / len(bits), f"{part.name}, layer {number + 1} of {len(bits)}")
+        smooth = inputs.smooth.get(name)
+        weights = nearest(
+            _weight(modules[name], smooth),
+            count,
+            group=0 if count == 8 else group,
+            multiplier=name in inputs.codes,
+            name=f"{part.name}.{name}",
+        )
+        layers[name] = Layer(weights, inputs.codes.get(name), smooth)
+    return Quantized(layers)
+
+
+def _weight(module: Any, smooth: Array | None) -> Array:
+    weight: Array = module.weight.detach().numpy()
+    if smooth is None:
+        return weight
+    return weight * smooth.reshape(1, -1, *[1] * (weight.ndim - 2))
