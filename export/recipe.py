@@ -14,6 +14,7 @@ from typing import Any
 from ..model import Context, Model, Pass, load
 from ..model.families import with_image_encoder
 from ..model.load import Summary, summarize
+from ..prune.upsampling import SplitUpsampling
 from ..quant.quantize import Quantize
 from ..runtime.backends import require
 from ..runtime.bundle import Bundle, BundleWriter
@@ -31,7 +32,7 @@ from .preflight import gib
 
 __all__ = ["Exported", "export_bundle"]
 
-PASSES: Mapping[str, type[Pass]] = {"quantize": Quantize}
+PASSES: Mapping[str, type[Pass]] = {"split_upsampling": SplitUpsampling, "quantize": Quantize}
 """Name in a recipe -> the pass: a dataclass whose fields a table of that name sets."""
 
 
