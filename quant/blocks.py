@@ -24,13 +24,14 @@ __all__ = ["KINDS", "Block", "Recording", "Store", "find_blocks", "record", "run
 Array = NDArray[Any]
 
 KINDS = (
-    *("ResnetBlock2D", "BasicTransformerBlock", "Attention"),
+    *("ResnetBlock2D", "Transformer2DModel", "BasicTransformerBlock", "Attention"),
     *("CLIPEncoderLayer", "JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"),
 )
 """Classes of diffusers and transformers that are one block each, as BRECQ and Q-Diffusion take them."""
 
 LAYERS = 16
-"""Of a block of any other class, at most: a transformer block of a DiT has 7 to 12."""
+"""Of a block, at most: Transformer2DModel has 12 in SD-1.5, where it holds one transformer block, and 22 or more in
+SDXL, where that is the block."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def run_order(part: Part, batch: Mapping[str, Array], names: Sequence[str]) -> l
 def find_blocks(part: Part, batch: Mapping[str, Array], names: Sequence[str]) -> list[Block]:
     """Every layer of `names` in one block, in the order in which they run.
 
-    A block is a module of a class in KINDS, else the largest with 2 to LAYERS of the layers and no block below it,
+    A block is the largest module of at most LAYERS of them that is of a class in KINDS or has none of those below it,
     else a layer; and it runs once in a forward and puts out one tensor.
     """
     single = _plain(part, batch)
@@ -71,9 +72,8 @@ def find_blocks(part: Part, batch: Mapping[str, Array], names: Sequence[str]) ->
         if not layers:
             return
         inner = [type(child).__name__ for child in module.modules() if child is not module]
-        known = type(module).__name__ in KINDS
-        small = bool(name) and 2 <= len(layers) <= LAYERS and not set(inner) & set(KINDS)
-        if name in single and (known or small or name in wanted):
+        whole = type(module).__name__ in KINDS or not set(inner) & set(KINDS)
+        if name in single and (name in wanted or (name and len(layers) <= LAYERS and whole)):
             found.append(Block(name, layers))
             return
         for child, submodule in module.named_children():

@@ -35,8 +35,8 @@ WIDEST = 2880
 """Columns of a row that are compensated together: 320 channels of 3 x 3. The widest rows of SD-1.5 have 23,040, whose
 moments alone would be 2.1 GB and 12 TFLOP to factorise."""
 
-ROWS = 8
-"""Input rows wanted for each column of the moments."""
+ROWS = 32
+"""Input rows wanted for each column of the moments. On emoji-64 at 4 bits a row: 2 give 21.1 dB, 8 21.8, 32 22.3."""
 
 DAMPING = 0.01
 """Of the mean diagonal, added to the diagonal: GPTQ's own value."""

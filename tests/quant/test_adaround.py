@@ -101,6 +101,35 @@ def test_blocks_are_modules_that_run_once_in_the_order_in_which_they_run(part, b
     ]
 
 
+def test_a_block_of_too_many_layers_is_taken_apart(part, batches, monkeypatch):
+    names = ["body.0.up", "body.0.down", "head"]
+    monkeypatch.setattr("fewstep.quant.blocks.LAYERS", 1)
+    blocks = find_blocks(part, batches[0], names)
+    assert blocks == [Block(name, (name,)) for name in names]
+
+
+def test_a_class_known_to_hold_blocks_is_not_taken_with_what_it_holds(part, batches, monkeypatch):
+    class Outer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before, self.inside = torch.nn.Linear(6, 12), Branch(12)
+
+        def forward(self, x):
+            return self.inside(self.before(x))
+
+    network = torch.nn.Sequential(torch.nn.Linear(6, 6), Outer())
+    outer = Part("net", network.eval(), part.inputs, part.outputs, Example({}))
+    names = ["0", "1.before", "1.inside.up", "1.inside.down"]
+    pair = ("1.inside.up", "1.inside.down")
+    whole = [Block("0", ("0",)), Block("1", ("1.before", *pair))]
+    assert find_blocks(outer, batches[0], names) == whole
+    monkeypatch.setattr("fewstep.quant.blocks.KINDS", ("Branch",))
+    apart = [Block("0", ("0",)), Block("1.before", ("1.before",)), Block("1.inside", pair)]
+    assert find_blocks(outer, batches[0], names) == apart
+    monkeypatch.setattr("fewstep.quant.blocks.KINDS", ("Branch", "Outer"))
+    assert find_blocks(outer, batches[0], names) == whole
+
+
 def test_a_recording_holds_all_arguments_row_by_row_and_stops_at_the_block(part, batches):
     found = record(part, batches[:3], "body.0", 100)
     assert found.output.shape == (48, 12)
