@@ -5,7 +5,7 @@ For networks of which one forward takes seconds: one pass over the batches serve
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,13 @@ class Gain:
     """[out] mean over samples of the sum over positions of g^2: for what differs from position to position."""
     sums: Array
     """[samples, out] sum over positions of g: for what is the same at all of them."""
+
+    def of(self, channels: Sequence[int] | None) -> Gain:
+        """Of some output channels; None: of all."""
+        if channels is None:
+            return self
+        index = list(channels)
+        return Gain(self.squares[index], self.sums[:, index])
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +69,18 @@ class Local:
     def noise(self, name: str, option: str, weights: Weights | None, *, gain: bool = True) -> Array:
         """[steps] noise-to-signal ratio of the part's output, as the layer's own error predicts it.
 
-        gain  False: that of the layer's output itself
+        weights  those of the probe's `some_channels`, for an option of weights
+        gain     False: that of the layer's output itself
         """
         th, probe = torch(), self.probe
-        module = probe.modules[name]
-        float_weight = module.weight.detach()
+        module, some = probe.modules[name], probe.some_channels(name)
+        weight = module.weight.detach() if some is None else module.weight.detach()[some]
+        times = 1.0 if some is None else len(module.weight) / len(some)
+        rounded = None
+        if weights is not None:
+            rounded = th.from_numpy(weights.floats())
+            if name in probe.smooth:
+                rounded = rounded / th.from_numpy(probe.smooth[name].reshape(1, -1, *[1] * (weight.ndim - 2)))
         errors, signals = [], []
         for i, x in enumerate(self.rows[name]):
             if x is None:
@@ -74,22 +88,19 @@ class Local:
                 signals.append(0.0)
                 continue
             with th.no_grad():
-                right = _applied(module, x, float_weight)
-                if weights is None:
-                    got = _applied(module, probe.round_input(name, option, x), float_weight)
-                elif name in probe.smooth:
-                    column = probe.smooth[name].reshape(1, -1, *[1] * (float_weight.ndim - 2))
-                    got = _applied(module, x, th.from_numpy((weights.floats() / column).astype(np.float32)))
+                right = _applied(module, x, weight)
+                if rounded is None:
+                    got = _applied(module, probe.round_input(name, option, x), weight)
                 else:
-                    got = _applied(module, x, th.from_numpy(weights.floats()))
+                    got = _applied(module, x, rounded)
             error = combined((got - right).double().numpy(), probe.scales[i])
             if gain:  # a gain is of one sample
-                errors.append(_arrives(error, self.gains[name][i]) * len(probe.reference[i]))
+                arrives = _arrives(error, self.gains[name][i].of(some))
+                errors.append(times * arrives * len(probe.reference[i]))
             else:
                 errors.append(float(np.sum(np.mean(error**2, axis=0))))
-            signals.append(
-                float(np.sum(np.mean(combined(right.double().numpy(), probe.scales[i]) ** 2, axis=0)))
-            )
+            signal = combined(right.double().numpy(), probe.scales[i])
+            signals.append(float(np.sum(np.mean(signal**2, axis=0))))
         power = probe.power if gain else probe.by_step(signals)
         return probe.by_step(errors) / np.maximum(power, np.finfo(np.float64).tiny)
 

@@ -47,6 +47,8 @@ class Sensitivity:
     """Of every step, at most; twice as many rows where guidance doubles the batch."""
     rows: int = 64
     """Of a layer's input, for each batch of the local mode."""
+    channels: int = 128
+    """Of a layer's output, whose weights the local mode rounds: the search for grids takes longest."""
     float_bits: int = 32
     """Of a weight that is left alone."""
 
@@ -139,9 +141,11 @@ class Probe:
         errors = [float(np.sum((self.output(i) - right) ** 2)) for i, right in enumerate(self.reference)]
         return self.by_step(errors) / np.maximum(self.power, np.finfo(np.float64).tiny)
 
-    def weights(self, name: str, bits: int) -> Weights:
-        """A layer's weights, smoothed where it is, rounded to nearest."""
+    def weights(self, name: str, bits: int, rows: Sequence[int] | None = None) -> Weights:
+        """A layer's weights, smoothed where it is, rounded to nearest; of some output channels, or of all."""
         weight = self.modules[name].weight.detach().numpy()
+        if rows is not None:
+            weight = weight[list(rows)]
         if name in self.smooth:
             weight = weight * self.smooth[name].reshape(1, -1, *[1] * (weight.ndim - 2))
         group = self.how.group if bits < 8 else 0
@@ -149,6 +153,17 @@ class Probe:
         return nearest(
             weight, bits, group=group, symmetric=how.symmetric, multiplier=how.multiplier, name=name
         )
+
+    def some_channels(self, name: str) -> list[int] | None:
+        """Output channels that stand for all of a layer's; None where all are needed."""
+        module = self.modules[name]
+        # an Embedding's rows are its entries, and a convolution in groups has its own inputs for each
+        if type(module).__name__ == "Embedding" or getattr(module, "groups", 1) != 1:
+            return None
+        count = len(module.weight)
+        if count <= self.how.channels:
+            return None
+        return [int(i) for i in np.linspace(0, count - 1, self.how.channels).round()]
 
     def takes(self, name: str, option: str) -> bool:
         """Whether a layer can be rounded so."""
@@ -186,11 +201,12 @@ class Probe:
             column = column.reshape(-1, *[1] * len(module.kernel_size))
         return fake_quantize(x / column, codes) * column
 
-    def key(self) -> str:
+    def key(self, mode: str) -> str:
         """Of all that a table comes from."""
         digest = hashlib.blake2b(fingerprint(self.part).encode(), digest_size=8)
         codes = {n: {b: asdict(a) for b, a in by.items()} for n, by in self.inputs.items()}
-        settled = [asdict(self.how), codes, self.steps, self.scales, 1]  # 1: of the file's layout
+        how = asdict(self.how) | {"mode": mode} | ({"rows": 0, "channels": 0} if mode == "exact" else {})
+        settled = [how, codes, self.steps, self.scales, 1]  # 1: of the file's layout
         digest.update(json.dumps(settled, sort_keys=True).encode())
         for arrays in (*self.feeds, self.smooth):
             for name in sorted(arrays):

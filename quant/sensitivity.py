@@ -71,7 +71,7 @@ def sensitivity(
     if not np.isfinite(probe.power).all():
         raise BadInput(f"{part.name} puts out NaN or infinity", expected="numbers", fix="check its weights")
     macs = _macs(probe)
-    path = Path(store) / f"sensitivity-{part.name}-{mode}-{probe.key()}.json"
+    path = Path(store) / f"sensitivity-{part.name}-{mode}-{probe.key(mode)}.json"
     done = _read(path)
     local = None
     if not exact and len(done) < len(probe.modules):
@@ -97,9 +97,11 @@ def sensitivity(
 def _measured(probe: Probe, local: Local | None, name: str) -> dict[str, Any]:
     """What the table has of one layer, by option."""
     noise, stored = [], []
+    count = int(probe.modules[name].weight.numel())
+    some = None if local is None else probe.some_channels(name)
     for option in probe.how.options:
         bits = bits_of(option)[0]
-        weights = None if bits is None else probe.weights(name, bits)
+        weights = None if bits is None else probe.weights(name, bits, some)
         if not probe.takes(name, option):
             noise.append([float("nan")] * len(probe.calls))
         elif local is not None:
@@ -107,8 +109,10 @@ def _measured(probe: Probe, local: Local | None, name: str) -> dict[str, Any]:
         else:
             with probe.rounded(name, option, weights):
                 noise.append(probe.noise().tolist())
-        floats = int(probe.modules[name].weight.numel()) * probe.how.float_bits
-        stored.append(floats if weights is None else weights.stored_bits())
+        if weights is None:
+            stored.append(count * probe.how.float_bits)
+        else:  # every row takes as much as every other
+            stored.append(weights.stored_bits() * count // weights.codes.size)
     return {"nsr": noise, "bits": stored}
 
 

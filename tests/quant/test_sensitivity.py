@@ -162,6 +162,18 @@ def test_local_noise_is_exact_noise_where_the_network_is_linear(chain, rng, tmp_
     assert 10 * np.log10(got.nsr[0] / right.nsr[0]) == pytest.approx(np.zeros((5, 1)), abs=1.5)
 
 
+def test_some_output_channels_stand_for_all(rng, tmp_path):
+    wide = part(torch.nn.Sequential(torch.nn.Linear(WIDTH, 600)), [("sample", "float32", ("batch", WIDTH))])
+    fed = batches(rng, count=1, rows=64)
+    how = {"options": ("w8", "w4"), "mode": "local", "samples": 64}
+    every, some = (
+        finished(sensitivity(wide, fed, [0], {}, Sensitivity(**how, channels=count), tmp_path))
+        for count in (600, 100)
+    )
+    assert 10 * np.log10(some.nsr / every.nsr) == pytest.approx(np.zeros((1, 2, 1)), abs=0.5)
+    assert np.array_equal(some.bits, every.bits)
+
+
 @pytest.mark.parametrize("doubled", [False, True])
 def test_local_rows_are_what_convolutions_and_embeddings_see(doubled, rng, tmp_path):
     module = Pictures()
