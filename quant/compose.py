@@ -13,7 +13,7 @@ from ..model.model import Context, Part
 from ..model.quantized import Activations, Layer, Quantized
 from ..runtime.progress import Progress
 from .blocks import run_order
-from .budget import PROTECTED, average_bits, choose
+from .budget import PROTECTED, Pin, average_bits, choose
 from .calibrate import Recorded
 from .observe import Seen, input_codes, observe, predicted_db
 from .scheme import Scheme
@@ -23,7 +23,7 @@ from .smooth import shared_inputs, smoothing, splits
 from .table import bits_of
 from .weights import nearest
 
-__all__ = ["Inputs", "even_bits", "mixed_bits", "protected", "round_inputs", "round_weights"]
+__all__ = ["Inputs", "even_bits", "mixed_bits", "protected", "round_inputs", "round_weights", "weight_pins"]
 
 Array = NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -143,9 +143,13 @@ def mixed_bits(
         smooth=inputs.smooth,
     )
     fixed = {name: "float" for name in table.layers if name not in names}
-    weights_only = [replace(pin, inputs=0) for pin in PROTECTED]
-    chosen = choose(table, average_bits(table, scheme.weights), OPTIONS, pins=weights_only, fixed=fixed)
+    chosen = choose(table, average_bits(table, scheme.weights), OPTIONS, pins=weight_pins(), fixed=fixed)
     return {name: bits_of(option)[0] or 8 for name, option in chosen.items() if name in names}
+
+
+def weight_pins() -> list[Pin]:
+    """What is protected where weights alone are chosen."""
+    return [replace(pin, inputs=0) for pin in PROTECTED if pin.weights]
 
 
 def round_weights(
