@@ -208,7 +208,7 @@ def _by_kernel(
 ) -> ir.Value | None:
     """The layer by one of ONNX Runtime's kernels for integers, or None where it has none for it."""
     if how is None:
-        whole = weights.group in BLOCKS and weights.bits in (4, 8) and weights.multiplier is None
+        whole = weights.group in BLOCKS and weights.bits == 4 and weights.multiplier is None
         return block_matmul(graph, x, weights, name, bias) if whole and node.op_type == "MatMul" else None
     if not fits_int8(weights):
         return None
