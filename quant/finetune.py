@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from math import cos, isfinite, pi
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,8 @@ from ..runtime.errors import BadInput
 from ..runtime.files import atomic_write, output_errors
 from ..runtime.progress import Progress
 from .pieces import check_calls, cut, drawn, key_of
-from .straight import KINDS, Trainable
+from .simulate import quantizable
+from .straight import KINDS, Trainable, listening
 
 __all__ = ["QUEST", "Finetune", "finetune"]
 
@@ -187,7 +186,8 @@ class _Stage:
         last = self.error()
         note = f"held out {_decibels(first):.2f} dB before, {_decibels(last):.2f} dB after"
         yield Progress("", 1.0, note)
-        self.save(optimizer, self.how.steps)
+        if isfinite(last):
+            self.save(optimizer, self.how.steps)
         return self.student.quantized() if last < first else before
 
     def loss(self, numbers: Sequence[int]) -> Any:
@@ -220,16 +220,16 @@ class _Stage:
 
     def layer_losses(self, feeds: Mapping[str, Array]) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
         """The error of the trained layers' outputs, and the part's outputs in float and in integers."""
-        names = list(self.student.tensors["codes"])
+        names = [name for name in quantizable(self.part) if name in self.student.names]
         right: dict[str, Any] = {}
         got: dict[str, Any] = {}
         th = torch()
-        with th.no_grad(), _listening(self.part, names, right):
+        with th.no_grad(), listening(self.part, names, right):
             arguments = (th.from_numpy(np.ascontiguousarray(feeds[i.name])) for i in self.part.inputs)
             wanted = self.part.module(*arguments)
-        with _listening(self.part, names, got):
+        with listening(self.part, names, got):
             outputs = self.student(feeds)
-        total = sum(_relative(got[name], right[name]) for name in names) / len(names)
+        total = sum(_relative(got[name], right[name]) for name in got) / max(len(got), 1)
         return total, wanted if isinstance(wanted, tuple) else (wanted,), outputs
 
     def target(self, number: int) -> tuple[Any, ...]:
@@ -284,22 +284,6 @@ class _Stage:
                     self.student.tensors[kind][name].copy_(tensor)
         optimizer.load_state_dict(state["optimizer"])
         return int(state["step"])
-
-
-@contextmanager
-def _listening(part: Part, names: Sequence[str], into: dict[str, Any]) -> Iterator[None]:
-    """Outputs of the modules `names` are kept."""
-
-    def keep(name: str, _: Any, __: Any, output: Any) -> None:
-        into[name] = output
-
-    modules = dict(part.module.named_modules())
-    hooks = [modules[name].register_forward_hook(partial(keep, name)) for name in names]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _relative(got: Any, right: Any) -> Any:

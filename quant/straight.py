@@ -8,10 +8,10 @@ arXiv:2004.09576, eq. 3 and 4).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from ..model.quantized import Activations, Array, Layer, Quantized
 from .simulate import fake_quantize
 from .weights import lowest_code
 
-__all__ = ["KINDS", "Trainable"]
+__all__ = ["KINDS", "Trainable", "listening"]
 
 KINDS = ("codes", "steps", "inputs", "zeros", "floats")
 """What is trained: weights in units of their step; logarithms of factors of the weights' steps and of the inputs';
@@ -174,6 +174,22 @@ class Trainable:
             return (x, *arguments[1:])
 
         return hook
+
+
+@contextmanager
+def listening(part: Part, names: Sequence[str], into: dict[str, Any]) -> Iterator[None]:
+    """Inside, outputs of the modules `names` go into a dictionary."""
+
+    def keep(name: str, _: Any, __: Any, output: Any) -> None:
+        into[name] = output
+
+    modules = dict(part.module.named_modules())
+    hooks = [modules[name].register_forward_hook(partial(keep, name)) for name in names]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @dataclass(frozen=True, eq=False)
