@@ -17,7 +17,7 @@ from fewstep.runtime.process import DiscreteVP
 from fewstep.targets import load_target
 
 SMALL = TinyDecoder(
-    widths=(12,), blocks=(1,), latents=32, copies=1, steps=60, batch=8, rate=5e-3, precision="float32"
+    widths=(12,), blocks=(1,), latents=16, copies=1, steps=40, batch=8, rate=5e-3, precision="float32"
 )
 
 
@@ -65,7 +65,7 @@ def test_history_tells_how_good_it_is(taught):
     _, new = taught
     (record,) = new.history
     assert record["pass"] == "TinyDecoder"
-    assert record["steps"] == 60
+    assert record["steps"] == 40
     assert record["psnr_db_worst"] <= record["psnr_db"]
     assert record["parameters"] == new.parts["vae_decoder"].parameters()
     assert 0 < record["work"] < 0.5
@@ -136,7 +136,7 @@ def test_a_loss_that_turns_nan_stops_and_keeps_the_last_good_weights(model, tmp_
 
     broken.calls = 0
     monkeypatch.setattr(TinyNetwork, "forward", broken)
-    with pytest.raises(BadInput, match="loss turned nan at step 5 of 60") as caught:
+    with pytest.raises(BadInput, match="loss turned nan at step 5 of 40") as caught:
         finish(SMALL(model, context(model, tmp_path)))
     assert "a lower rate than 0.005" in str(caught.value)
     (file,) = tmp_path.rglob("training-*.pt")
