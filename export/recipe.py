@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ..distill.tiny_decoder import TinyDecoder
 from ..model import Context, Model, Pass, load
 from ..model.families import with_image_encoder
 from ..model.load import Summary, summarize
@@ -32,7 +33,11 @@ from .preflight import gib
 
 __all__ = ["Exported", "export_bundle"]
 
-PASSES: Mapping[str, type[Pass]] = {"split_upsampling": SplitUpsampling, "quantize": Quantize}
+PASSES: Mapping[str, type[Pass]] = {
+    "tiny_decoder": TinyDecoder,
+    "split_upsampling": SplitUpsampling,
+    "quantize": Quantize,
+}
 """Name in a recipe -> the pass: a dataclass whose fields a table of that name sets."""
 
 
