@@ -2,7 +2,8 @@
 enough.
 
 Errors of layers add in squares, so the choice is a knapsack with one option for each layer: an integer programme of one
-constraint, solved by HiGHS (Huangfu and Hall 2018) through scipy.
+constraint, solved by HiGHS (Huangfu and Hall 2018) through scipy. With layers as small beside the whole as emoji-64's
+greed finds what it finds; with few large ones it does not.
 """
 
 from __future__ import annotations

@@ -1,6 +1,10 @@
 """The error of a layer's own output, from a few rows of its input, and how much of it reaches the part's output.
 
-For networks of which one forward takes seconds: one pass over the batches serves all layers and options.
+For networks of which one forward takes seconds: one pass over the batches serves all layers and options. On emoji-64
+(133 layers, 5 options, 8 guided steps) it ranks layers as the exact mode does with Spearman 0.96 to 0.98 for an option,
+in 7 core-seconds for 300; single layers are off by 4 dB (standard deviation) about a mean of -3.7 dB, at worst by 19,
+values and keys of self-attention most, whose errors softmax averages. Without gains, errors of a layer's own output
+rank with 0.54 only (benchmarks/results/sensitivity.json).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import io
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
@@ -114,6 +114,12 @@ class Table:
         """[layers, options]: noise-to-signal ratio of the final latents."""
         final: Array = self.nsr @ self.gains
         return final
+
+    def of_outputs(self) -> Table:
+        """The same with the part's own output in place of final latents: its noise, the mean over steps. Sums predict
+        it far better, and a floor on it is what most layers can be held to.
+        """
+        return replace(self, gains=np.full(len(self.steps), 1 / len(self.steps)))
 
     @cached_property
     def _row(self) -> dict[str, int]:

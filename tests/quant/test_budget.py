@@ -1,6 +1,7 @@
 """The budget: as good as trying everything, never over, and honest about what cannot be met."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -177,3 +178,11 @@ def test_every_floor_is_reached_when_all_is_float_again():
     relaxed = propose(t, dict.fromkeys(t.layers, "w3"), 200.0)
     assert [r.after for r in relaxed] == ["float"] * 3
     assert relaxed[-1].final_db == 300
+
+
+def test_a_floor_on_outputs_counts_every_step_alike():
+    t = table([[0, 1e-3, 1e-2]], [10])
+    nsr = np.concatenate([t.nsr, 3 * t.nsr], axis=2)
+    two = replace(t, steps=(0, 1), nsr=nsr, gains=np.array([1.0, 0.0]))
+    assert two.error("layer0", "w4") == pytest.approx(1e-3)
+    assert two.of_outputs().error("layer0", "w4") == pytest.approx(2e-3)
