@@ -232,7 +232,7 @@ def final_gains(plan: Plan, steps: Sequence[int], power: Array, final: float) ->
     Spearman 0.99 and misses them by 1.8 dB (standard deviation); freezing x0 gives 0.93 and 5.2 dB, equal weights 0.98
     and 2.4 dB, the gains of white noise injected into the real network 0.97 and 3.4 dB. From calibration to other
     prompts and noises it is 0.97 and 3.3 dB, and equal weights 0.96 and 3.8 dB. Real errors are larger than predicted,
-    by 3 to 5 dB where there is one bad layer, and the choice of 3.5 bits a weight comes out the same with equal weights.
+    by 3 to 5 dB where there is one bad layer, and a choice of 3.5 bits comes out the same with equal weights.
 
     steps  calls that were measured; the others count with the nearest
     power  [steps] mean squares of the output
