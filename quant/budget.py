@@ -177,6 +177,8 @@ def propose(
     options      that layers may be raised to; "float" always is
     Each step takes the layer that loses most error. It goes to the smallest option that leaves a quarter of its error
     at most, which is what one bit more does to a uniform grid, or to float. [] where the floor is reached already.
+    With `table.of_outputs()` the decibels are those of the part's output, which are predicted best: of 3.5 dB promised
+    on emoji-64 at 4 bits 3.3 came, of 3.1 dB of final latents 1.5 (benchmarks/results/sensitivity.json).
     """
     now = dict(chosen)
     error = table.predicted(now)
