@@ -105,7 +105,8 @@ class TinyDecoder:
             network, said = read_network(Path(self.weights), model)
             yield Progress("tiny decoder", 1.0, f"weights of {Path(self.weights).name}")
             figures = {"psnr_db": said.get("psnr_db"), "psnr_db_worst": said.get("psnr_db_worst")}
-            return _with_decoder(model, self, network, figures)
+            untaught = {"steps": 0, "latents": 0, "copies": 0}  # here; what taught it is not known
+            return _with_decoder(model, self, network, figures | untaught)
         shape, _ = choose_shape(model, self.widths, self.blocks)
         store, file = _places(self, model, ctx)
         source = Source(self.latents, self.copies, self.prompts, self.latents_file)
@@ -122,7 +123,8 @@ class TinyDecoder:
         network.eval()
         every, worst = psnr(network, held, model, len(held))
         yield Progress("tiny decoder", 1.0, f"{every:.1f} dB against {teacher.name}")
-        figures = {"psnr_db": round(every, 2), "psnr_db_worst": round(worst, 2)}
+        drawn = len(taught) // (1 + self.copies)  # of a file there may be other than `latents`
+        figures = {"psnr_db": round(every, 2), "psnr_db_worst": round(worst, 2), "latents": drawn}
         return _with_decoder(model, self, network, figures)
 
 

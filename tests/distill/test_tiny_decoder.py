@@ -151,6 +151,7 @@ def test_latents_of_a_file_teach_as_well(model, tmp_path):
     job = replace(SMALL, steps=3, latents_file=str(tmp_path / "latents.npy"))
     _, new = finish(job(model, context(model, tmp_path / "store")))
     assert new.history[0]["latents_file"] == "latents.npy"  # not where it lay
+    assert new.history[0]["latents"] == 19
     pieces = [np.load(file) for file in sorted((tmp_path / "store").rglob("latents-*.npy"))]
     np.testing.assert_array_equal(
         np.concatenate([pieces[0][:16], pieces[1][:3], pieces[2]]), z
@@ -214,6 +215,7 @@ def test_stored_weights_take_no_training(model, taught, tmp_path):
     first, second = taught[1].history[0], again.history[0]
     assert second["psnr_db"] == first["psnr_db"]
     assert second["weights"] == "tiny"
+    assert second["steps"] == 0  # nothing is said about a training that did not take place
     assert (second["widths"], second["blocks"]) == ([12], [1])
 
 
