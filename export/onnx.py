@@ -18,7 +18,7 @@ from .retrace import as_traced, simplify
 if TYPE_CHECKING:
     from .qdq import Convention
 
-__all__ = ["DEFAULT_OPSET", "Traced", "trace", "write", "write_graph", "write_plain"]
+__all__ = ["DEFAULT_OPSET", "Traced", "stored_bytes", "trace", "write", "write_graph", "write_plain"]
 
 DEFAULT_OPSET = 20
 """What torch.onnx.export writes when not told otherwise (torch 2.13): the export whose speed ours is compared with."""
@@ -97,6 +97,20 @@ def write_graph(traced: Traced, folder: Path, *, opset: int, convention: Convent
 def write_plain(traced: Traced, folder: Path) -> PartSpec:
     """The un-optimized export: the operators torch.onnx.export writes when told nothing."""
     return _save(traced.part, _translate(traced, DEFAULT_OPSET, quantized=False), folder)
+
+
+def stored_bytes(file: Path) -> dict[str, int]:
+    """What an ONNX file and the data beside it consist of: bytes of the constants by type, and of the rest, `graph`.
+
+    Codes of fewer than 8 bits are uint8, several to a byte, or int4.
+    """
+    ir = library("onnx_ir")
+    found: dict[str, int] = {}
+    for value in ir.load(file).graph.initializers.values():
+        kind = value.const_value.dtype.name.lower()
+        found[kind] = found.get(kind, 0) + value.const_value.nbytes
+    sizes = [beside.stat().st_size for beside in (file, file.with_name("model.onnx_data")) if beside.exists()]
+    return dict(sorted(found.items())) | {"graph": sum(sizes) - sum(found.values())}
 
 
 def _clean() -> Any:

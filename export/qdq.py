@@ -20,6 +20,7 @@ from ..model.quantized import Activations, Layer, Quantized, Weights
 from ..runtime.errors import BadInput, CheckpointError
 from .clean import MICROSOFT
 from .codes import dequantized, embedded, fits_int8, floats
+from .corrections import fold_smoothing, subtract_drift
 from .integers import BLOCKS, Window, block_matmul, convolution, linear
 from .nodes import Writer, integer, integers
 
@@ -104,13 +105,16 @@ def quantize(model: ir.Model, part: Part, convention: Convention) -> None:
     for value in weights:
         graph.inputs.remove(value)
     writer, pixels = Writer(graph, "q"), dict[Any, ir.Value]()
+    taken = {value.name for node in graph for value in node.outputs}
+    taken |= {spec.name for spec in (*part.inputs, *part.outputs)}
     for site in _sites(graph, weights, quantized, part.name):
         writer.before = site.node
-        _write(writer, site, convention, pixels)
+        _write(writer, site, f"{site.name}.codes" if site.name in taken else site.name, convention, pixels)
+    common.RemoveUnusedNodesPass()(model)  # what was replaced still reads the norms
+    fold_smoothing(writer)
     if quantized.drift is not None:
         writer.before = None
-        _subtract_drift(writer, quantized.drift, part)
-    common.RemoveUnusedNodesPass()(model)
+        subtract_drift(writer, quantized.drift, part)
     for value, name in weights.items():
         if value.uses():
             raise CheckpointError(f"{part.name}: the float weights of {name} are still read by the graph")
@@ -161,9 +165,11 @@ def _site(graph: ir.Graph, name: str, layer: Layer, node: ir.Node) -> _Site:
     return _Site(name, layer, node, output, bias)
 
 
-def _write(graph: Writer, site: _Site, convention: Convention, pixels: dict[Any, ir.Value]) -> None:
-    """Replace what the site computes."""
-    node, layer, weights, name = site.node, site.layer, site.layer.weights, site.name
+def _write(
+    graph: Writer, site: _Site, name: str, convention: Convention, pixels: dict[Any, ir.Value]
+) -> None:
+    """Replace what the site computes; the codes are called `name`."""
+    node, layer, weights = site.node, site.layer, site.layer.weights
     x, how, bias = node.inputs[0], layer.input, site.bias
     assert x is not None
     if node.op_type == "Gather":
@@ -214,17 +220,28 @@ def _by_kernel(
         return None
     if node.op_type != "Conv":
         return linear(graph, x, how, weights, name, bias)
-    if len(weights.shape) != 4 or integer(node, "group", 1) != 1:
+    if len(weights.shape) not in (3, 4) or integer(node, "group", 1) != 1:
         return None
-    window = _window(node, weights)
-    return convolution(graph, x, how, weights, name, bias, window, pixels)
+    if len(weights.shape) == 4:
+        return convolution(graph, x, how, weights, name, bias, _window(node), pixels)
+    flat = graph.add("Unsqueeze", x, graph.sizes(2))  # a line is an image of height 1
+    result = convolution(graph, flat, how, weights, name, bias, _window(node), pixels)
+    return graph.add("Squeeze", result, graph.sizes(2))
 
 
-def _window(node: ir.Node, weights: Weights) -> Window:
-    height, width = weights.shape[2:]
-    down, across = integers(node, "strides", (1, 1))
-    far, wide = integers(node, "dilations", (1, 1))
-    top, left, bottom, right = integers(node, "pads", (0, 0, 0, 0))
+def _window(node: ir.Node) -> Window:
+    """Of a Conv of images or, as if of height 1, of lines."""
+    weights = node.inputs[1]
+    assert weights is not None
+    assert weights.shape is not None
+    space = len(weights.shape) - 2
+    flat = (1,) * (2 - space)
+    *_, height, width = (*flat, *(int(size) for size in list(weights.shape)[2:]))  # type: ignore[arg-type]
+    down, across = (*flat, *integers(node, "strides", (1,) * space))
+    far, wide = (*flat, *integers(node, "dilations", (1,) * space))
+    pads = integers(node, "pads", (0,) * 2 * space)
+    still = (0,) * (2 - space)
+    top, left, bottom, right = (*still, *pads[:space], *still, *pads[space:])
     return Window((height, width), (down, across), (far, wide), (top, left, bottom, right))
 
 
@@ -258,31 +275,3 @@ def _text(node: ir.Node, name: str) -> str:
 def _replace(old: ir.Value, new: ir.Value) -> None:
     new.shape, new.type = old.shape, old.type
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-
-
-def _subtract_drift(graph: Writer, drift: tuple[Array, Array], part: Part) -> None:
-    """Take the mean error at the call's timestep from the first output; linear between timesteps, constant beyond.
-
-    mean(t) = means[0] + sum over k of slope[k] (min(max(t, times[k]), times[k + 1]) - times[k])
-    """
-    times, means = (np.asarray(array, np.float32) for array in drift)
-    inner = graph.graph
-    t = next(value for value in inner.inputs if value.name == "timestep")
-    output = inner.outputs[0]
-    mean = graph.constant(means[:1])
-    if len(times) > 1:
-        t = graph.add("Reshape", _as_float(graph, t), graph.sizes(-1, 1))
-        held = graph.add("Min", graph.add("Max", t, graph.constant(times[:-1])), graph.constant(times[1:]))
-        ramps = graph.add("Sub", held, graph.constant(times[:-1]))
-        slopes = np.diff(means, axis=0) / np.diff(times)[:, None]
-        mean = graph.add("Add", graph.add("MatMul", ramps, graph.constant(slopes)), mean)
-    space = len(part.outputs[0].shape) - 2
-    mean = graph.add("Reshape", mean, graph.sizes(-1, means.shape[1], *[1] * space))
-    result = graph.add("Sub", output, mean)
-    result.name, output.name = output.name, result.name
-    result.shape, result.type = output.shape, output.type
-    inner.outputs[0] = result
-
-
-def _as_float(graph: Writer, value: ir.Value) -> ir.Value:
-    return graph.add("Cast", value, attributes={"to": int(ir.DataType.FLOAT)})

@@ -387,6 +387,46 @@ def test_everything_else_of_a_description(small, tmp_path):
     assert not low(compared(replace(part, quantized=once), tmp_path), EXACT_DB)
 
 
+class Normed(torch.nn.Module):
+    """Norms that feed one layer, two that are smoothed alike, and two that are not; a line instead of a picture."""
+
+    def __init__(self):
+        super().__init__()
+        self.group = torch.nn.GroupNorm(4, 16)
+        self.line = torch.nn.Conv1d(16, 12, 3, padding=1, stride=2)
+        self.alike, self.other = torch.nn.LayerNorm(32), torch.nn.LayerNorm(32)
+        self.one, self.two, self.three, self.four = (torch.nn.Linear(32, 12) for _ in range(4))
+
+    def forward(self, picture, tokens):
+        alike, other = self.alike(tokens), self.other(tokens)
+        return self.line(self.group(picture.flatten(2))), (
+            self.one(alike) + self.two(alike) + self.three(other) + self.four(other)
+        )
+
+
+@pytest.mark.parametrize("convention", [None, PORTABLE])
+def test_a_norm_smooths_where_all_that_read_it_are_smoothed_alike(convention, tmp_path):
+    inputs = [spec("picture", (16, "height", "width")), spec("tokens", (5, 32))]
+    part = part_of(Normed(), inputs, [spec("line", (12, "length")), spec("y", (5, 12))])
+    rng = np.random.default_rng(0)
+    part, layers = described(part, None, 8), {}
+    alike = rng.uniform(0.5, 2, 32).astype(np.float32)
+    for name, layer in part.quantized.layers.items():
+        smooth = {"line": rng.uniform(0.5, 2, 16), "four": rng.uniform(0.5, 2, 32), "three": None}.get(
+            name, alike
+        )
+        smooth = None if smooth is None else smooth.astype(np.float32)
+        layers[name] = replace(layer, smooth=smooth)
+    part = replace(part, quantized=Quantized(layers))
+    assert not low(compared(part, tmp_path, convention=convention), 45)
+    left = operators(tmp_path / "model.onnx")
+    if convention is None:
+        assert left.count("Mul") == 1 + 4  # of the fourth layer; four make the numbers of pixels
+        assert left.count("MatMulIntegerToFloat") == 5
+    else:
+        assert left.count("Mul") == 1
+
+
 class Words(torch.nn.Module):
     def __init__(self):
         super().__init__()
@@ -473,6 +513,9 @@ def test_the_file_holds_the_bits_it_says_and_is_the_same_again(tmp_path):
         codes = bits * (16 * 256 * 9 + 32 * 1024) // 8
         sides = 2 * 4 * (256 + 1024)  # scales and biases
         assert codes + sides < size < codes + sides + 6000
+        stored = writer.stored_bytes(tmp_path / str(bits) / "model.onnx")
+        assert stored["int8" if bits == 8 else "uint8"] - codes in range(16)  # and how far to shift
+        assert (stored["float"], sum(stored.values())) == (sides, size)
     writer.write(writer.trace(quantized), tmp_path / "again", opset=OPSET)
     same = [(tmp_path / folder / "model.onnx").read_bytes() for folder in ("3", "again")]
     assert same[0] == same[1]
