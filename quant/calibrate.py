@@ -36,7 +36,7 @@ U-Net (3.5e12 each, nine core-seconds in float32), so about two and a half minut
 
 MOST = 32
 """Trajectories, and network calls kept, of a model small enough that BUDGET would allow more. On emoji-64 twice as many
-change the ranges' error by less than 0.1 dB (benchmarks/results/calibration.json)."""
+change the output's error by 0.01 dB (benchmarks/results/calibration.json)."""
 
 FIRST_SEED, FIRST_HELD_OUT = 1_000_000, 2_000_000
 """Far from the small seeds that pictures are drawn and compared with."""

@@ -36,8 +36,8 @@ class Seen:
 
     steps: tuple[int, ...]
     """Rows of the plan, ascending."""
-    counts: NDArray[np.int64]
-    """[steps, BINS] over -bound to bound."""
+    counts: NDArray[np.float64]
+    """[steps, BINS] over -bound to bound; where channels weigh differently (see observe), their weights."""
     bound: float
     ranges: NDArray[np.float32]
     """[steps, 2]: least and largest of each step."""
@@ -82,20 +82,26 @@ def observe(
     *,
     rows: int = 0,
     smooth: Mapping[str, Array] | None = None,
+    weighted: bool = False,
 ) -> Generator[Progress, None, dict[str, Seen]]:
     """Run every batch once through part.module and count what its layers are fed.
 
     names   modules inside part.module, Linear or convolutions; one that no batch reaches is not in the result
     steps   row of the plan each batch belongs to
     rows    inputs kept of each layer, for smoothing and rounding
-    smooth  layer -> [channels] its input is divided by first, as quantized.Layer.smooth
+    smooth  layer -> [channels] its input is divided by first, as quantized.Layer.smooth. A rounding error of channel j
+            is multiplied by smooth[j] again, so its values count smooth[j]^2 times: ranges then minimise, and
+            predicted_db tells, the noise of the input as it was
+    weighted  values count as often as the squares of their channel's weights besides, so that ranges minimise the noise
+              of the layer's output
     Raises BadInput for NaN or infinity in a layer's input or the part's output, naming the first layer and the step.
     """
     th = torch()
     modules = dict(part.module.named_modules())
     each = -(-rows // max(len(batches), 1))
     counting = {
-        name: _Counting(modules[name], each, None if smooth is None else smooth.get(name)) for name in names
+        name: _Counting(modules[name], each, None if smooth is None else smooth.get(name), weighted)
+        for name in names
     }
     now = [0]
 
@@ -137,8 +143,9 @@ class _Counting:
     rows: int
     """Kept of each forward."""
     smooth: Array | None
+    weighted: bool
     bound: float = 0.0
-    counts: dict[int, Array] = field(default_factory=dict)
+    counts: dict[int, Any] = field(default_factory=dict)
     ranges: dict[int, list[float]] = field(default_factory=dict)
     lows: Any = None
     highs: Any = None
@@ -167,12 +174,34 @@ class _Counting:
         stride = -(-flat.numel() // SAMPLED)
         while math.gcd(stride, flat.numel()) > 1:  # so that no channel or column is passed over
             stride += 1
-        found = th.histc(flat[self.calls % stride :: stride], BINS, -self.bound, self.bound)
-        self.counts[step] = self.counts.get(step, 0) + found.numpy().astype(np.int64)
+        picked = slice(self.calls % stride, None, stride)
+        importance = self._importance(x.shape[axis])
+        if importance is None:
+            found = th.histc(flat[picked], BINS, -self.bound, self.bound)
+        else:
+            shape = [1] * x.ndim
+            shape[axis] = -1
+            each = importance.reshape(shape).expand(x.shape).reshape(-1)[picked]
+            bins = ((flat[picked] + self.bound) * (BINS / 2 / self.bound)).long().clamp_(0, BINS - 1)
+            found = th.bincount(bins, each, BINS)
+        self.counts[step] = self.counts.get(step, 0) + found.numpy().astype(np.float64)
         self.calls += 1
         if self.rows:
             self.kept.append(_rows(self.module, x, self.rows, np.random.default_rng(self.calls)))
         return True
+
+    def _importance(self, channels: int) -> Any:
+        """[channels] how much a value of each counts; None: alike."""
+        th = torch()
+        weight = self.module.weight.detach()
+        found = None
+        if self.weighted and weight.shape[1] == channels:
+            found = weight.square().sum([a for a in range(weight.ndim) if a != 1]).double()
+            found = found / found.mean() if float(found.sum()) > 0 else None
+        if self.smooth is not None:
+            squares = th.from_numpy(np.asarray(self.smooth, np.float64)).square()
+            found = squares if found is None else found * squares
+        return found
 
     def _widen(self, peak: float) -> None:
         """Double the range until it holds `peak`; pairs of bins become one, so that nothing counted is lost."""

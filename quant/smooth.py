@@ -105,10 +105,16 @@ def _of_halves(peaks: Array, halves: Sequence[int]) -> Array:
 
 
 def _divisor(inputs: Array, weights: Array, alpha: float) -> NDArray[np.float32]:
-    """max|x|^alpha / max|w|^(1 - alpha), its geometric mean 1; 1 for channels that carry nothing."""
+    """max|x|^alpha / max|w|^(1 - alpha), its geometric mean 1; 1 for channels that carry nothing.
+
+    max|x| is taken to be the channels' median at least.
+    """
     alive = (inputs > 0) & (weights > 0)
     if not alive.any():
         return np.ones(len(inputs), np.float32)
+    # a channel that calibration saw little of may hold more tomorrow: only those above the median are brought down.
+    # Without this, smoothing costs emoji-64 1.2 dB of its output at 8 bits on trajectories not calibrated on
+    inputs = np.maximum(inputs, np.median(inputs[alive]))
     log = np.zeros(len(inputs))
     log[alive] = alpha * np.log(inputs[alive]) - (1 - alpha) * np.log(weights[alive])
     log[alive] -= log[alive].mean()
