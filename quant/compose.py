@@ -35,8 +35,8 @@ LEAST_GAIN_DB = {True: 3.0, False: 1.0}
 """Of a layer's output, for which its input is smoothed, at inputs of 8 bits and of fewer. Of emoji-64's U-Net 19 layers
 gain so much at 8 bits and 71 gain 1 dB, but the final latents gain 0.8 dB either way (results/calibration.json)."""
 
-OPTIONS = ("w8", "w6", "w5", "w4", "w3", "w2")
-"""That mixed precision chooses from."""
+OPTIONS = ("w8", "w5", "w4", "w3")
+"""That mixed precision chooses from. Each costs a forward a layer, or a search for its grid."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +134,9 @@ def mixed_bits(
     *,
     group: int,
     guidance: float,
-) -> Generator[Progress, None, dict[str, int]]:
-    """Bits for every layer so that they are scheme.weights on average, scales included, and the error is least.
+) -> Generator[Progress, None, tuple[dict[str, int], tuple[str, ...]]]:
+    """Bits for every layer so that they are scheme.weights on average, scales included, and the error is least; and the
+    layers that make most of what error is left, the worst first.
 
     Raises BadInput where the layers that are protected or kept leave too little, saying how much there must be.
     """
@@ -144,7 +145,7 @@ def mixed_bits(
         recorded.batches(part.name),
         recorded.steps(part.name),
         {},
-        Sensitivity(options=OPTIONS, group=group),
+        Sensitivity(options=OPTIONS, group=group, multiplier=bool(inputs.codes)),
         ctx.store,
         plan=ctx.plan if "timestep" in recorded.batches(part.name)[0] else None,
         guidance=guidance,
@@ -152,7 +153,9 @@ def mixed_bits(
     )
     fixed = {name: "float" for name in table.layers if name not in names}
     chosen = choose(table, average_bits(table, scheme.weights), OPTIONS, pins=weight_pins(), fixed=fixed)
-    return {name: bits_of(option)[0] or 8 for name, option in chosen.items() if name in names}
+    mine = {name: option for name, option in chosen.items() if name in names}
+    worst = sorted(mine, key=lambda name: -table.error(name, mine[name]))
+    return {name: bits_of(option)[0] or 8 for name, option in mine.items()}, tuple(worst)
 
 
 def weight_pins() -> list[Pin]:

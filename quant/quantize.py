@@ -121,9 +121,9 @@ class Quantize:
             inputs = yield from compose.round_inputs(
                 part, names, batches, steps, scheme, high, smooth=self.smooth
             )
-        bits = compose.even_bits(names, scheme, high)
+        bits, weakest = compose.even_bits(names, scheme, high), inputs.weakest
         if scheme.mixed:
-            bits = yield from compose.mixed_bits(
+            bits, weakest = yield from compose.mixed_bits(
                 part, names, scheme, recorded, inputs, ctx, group=self.group, guidance=guidance
             )
         quantized = yield from compose.round_weights(part, bits, inputs, group=self.group)
@@ -142,7 +142,7 @@ class Quantize:
             scale = guidance if guidance != 1.0 else None
             means = yield from drift.measure_drift(part, quantized, batches, scale)
             quantized = drift.with_drift(quantized, means)
-        return replace(quantized, cases=_cases(part, recorded), weakest=inputs.weakest)
+        return replace(quantized, cases=_cases(part, recorded), weakest=weakest)
 
 
 def _cases(part: Part, recorded: Recorded) -> dict[str, dict[str, Any]]:
