@@ -53,9 +53,12 @@ def dequantized(
 ) -> ir.Value:
     """The weights in `shape` behind DequantizeLinear, which is what compilers know integers by.
 
-    A scale a row: int8 or int4 of `shape`. Groups of 8 or 4 bits: blocks of [out, inner], then a Reshape.
+    A scale a row: int8 or int4 of `shape`. Groups of 8 or 4 bits: blocks of [out, inner], then a Reshape. Operator sets
+    before 21 take int8 of `shape` alone; what that cannot say is floats there.
     """
     kept = weights.multiplier is None and weights.bits in (4, 8)
+    if graph.opset < 21 and (weights.bits == 4 or weights.groups > 1):  # which has neither int4 nor blocks
+        kept = False
     if not kept and not fits_int8(weights):
         return floats(graph, weights, name, shape, by_column=by_column)
     zero: ir.Value | None = None

@@ -20,6 +20,7 @@ class Writer:
     def __init__(self, graph: ir.Graph, prefix: str) -> None:
         self.graph = graph
         self.before: ir.Node | None = None
+        self.opset = graph.opset_imports.get("", 1)
         self._prefix, self._count = prefix, 0
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
 

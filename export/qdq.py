@@ -105,6 +105,8 @@ def quantize(model: ir.Model, part: Part, convention: Convention) -> None:
     for value in weights:
         graph.inputs.remove(value)
     writer, pixels = Writer(graph, "q"), dict[Any, ir.Value]()
+    if convention.activations == "u16" and writer.opset < 21:
+        raise BadInput(f"inputs of 16 bits in opset {writer.opset}", expected="opset 21 or later")
     taken = {value.name for node in graph for value in node.outputs}
     taken |= {spec.name for spec in (*part.inputs, *part.outputs)}
     for site in _sites(graph, weights, quantized, part.name):

@@ -142,13 +142,13 @@ def snr(right, got) -> float:
     return float(10 * np.log10((right**2).sum() / max(((right - got) ** 2).sum(), 1e-30)))
 
 
-def compared(part, folder, *, convention=None, optimized=None, traced=None) -> dict[str, float]:
+def compared(part, folder, *, convention=None, optimized=None, traced=None, opset=OPSET) -> dict[str, float]:
     """Output -> decibels of the engine against the simulation, the lower of two batches and sizes."""
     traced = traced or writer.trace(part)
     if convention is None:
-        writer.write(traced, folder, opset=OPSET)
+        writer.write(traced, folder, opset=opset)
     else:
-        writer.write_graph(traced, folder, opset=OPSET, convention=convention)
+        writer.write_graph(traced, folder, opset=opset, convention=convention)
     level = (
         WHOLE if convention is None else AS_IT_IS
     )  # of what other engines do with Q/DQ, nothing is assumed
@@ -232,6 +232,16 @@ def test_weights_and_inputs_are_those_of_the_simulation(grids, convention, tmp_p
         assert left.count("MatMulIntegerToFloat") == 2 * (len(GRIDS) - groups)
         assert not {"BitShift", "BitwiseAnd", "BitwiseOr"} & set(left)  # unpacked once, when it was loaded
         assert not [name for name in left if name.startswith("QLinear")]
+
+
+@pytest.mark.parametrize("convention", [None, PORTABLE])
+def test_operator_sets_without_4_bits_say_the_same(grids, convention, tmp_path):
+    part, program = grids
+    part = described(part, {f"l_{name}": how for name, how in GRIDS.items()})
+    traced = writer.Traced(part, program)
+    assert not low(compared(part, tmp_path, convention=convention, traced=traced, opset=20), EXACT_DB)
+    with pytest.raises(BadInput, match="opset 20"):
+        writer.write_graph(traced, tmp_path, opset=20, convention=HEXAGON)
 
 
 def test_a_layer_is_one_kernel_with_its_bias(tmp_path):
