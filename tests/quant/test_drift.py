@@ -109,9 +109,11 @@ def test_shrunk_means_are_nearer_to_the_truth_than_means_over_many_trials():
 
 
 def test_corrected_biases_bring_the_mean_error_down_on_samples_never_seen(part, rounded):
-    fixed = finished(correct_biases(part, rounded, calls(0)))
+    bias = part.module.last.bias.detach().numpy() + np.array([0.3, -0.2, 0.1, 0.05], np.float32)
+    off = Quantized({**rounded.layers, "last": replace(rounded.layers["last"], bias=bias)})
+    fixed = finished(correct_biases(part, off, calls(0)))
     fresh = calls(1)
-    before, after = (np.square(mean_error(part, q, fresh).mean(axis=0)).sum() for q in (rounded, fixed))
+    before, after = (np.square(mean_error(part, q, fresh).mean(axis=0)).sum() for q in (off, fixed))
     assert after < 0.05 * before
 
 
@@ -130,6 +132,19 @@ def test_in_order_every_layer_sees_what_is_corrected_before_it(part, rounded):
     assert np.abs(mean_error(part, in_order, batch)).max() < 1e-5
     assert np.abs(mean_error(part, at_once, batch)).max() > 1e-4
     np.testing.assert_array_equal(in_order.layers["first"].bias, at_once.layers["first"].bias)
+
+
+def test_biases_that_help_on_some_calls_and_harm_on_others_are_left_alone(part, rounded):
+    """The calls that are measured and the one that judges have opposite errors."""
+    bias = part.module.last.bias.detach().numpy()
+    exact = Layer(nearest(part.module.last.weight.detach().numpy(), 8), bias=bias)
+    wide = replace(exact, input=Activations(0.01, 0, 8))  # what lies below 0 or above 2.55 is lost
+    batches = calls(0, count=4)
+    for number, batch in enumerate(batches):
+        batch["sample"] += 9.0 if number < 3 else -9.0
+    quantized = Quantized({"last": wide})
+    assert finished(correct_biases(part, quantized, batches)) is quantized
+    assert finished(correct_biases(part, quantized, batches[:3])).layers["last"] is not wide
 
 
 def test_layers_without_a_bias_get_none():
