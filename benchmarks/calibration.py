@@ -194,11 +194,18 @@ def main() -> None:
             row(f"A{bits}, searched, those and ff.net.2 float", shared)
             own = {n: step_codes(s, bits) for n, s in of_names.items()}
             row(f"A{bits}, searched for every step", own, latent=True)
-            for kind, least in (("halves", 0.0), ("channels", 3.0), ("channels", 1.0)):
-                divisors = smoothed(part, of_names, feeds, bits, kind, least)
+            convolutions = {n: s for n, s in of_names.items() if "conv" in n}
+            for of, kind, least in (
+                ("all layers", "halves", 0.0),
+                ("all layers", "channels", 3.0),
+                ("all layers", "channels", 1.0),
+                ("convolutions", "channels", 1.0),
+            ):
+                tried = convolutions if of == "convolutions" else of_names
+                divisors = smoothed(part, tried, feeds, bits, kind, least)
                 again = observed(part, uniform, names, divisors)
                 codes = {n: input_codes(s, bits) for n, s in again.items()}
-                label = f"A{bits}, searched, {kind} smoothed where {least:g} dB are gained"
+                label = f"A{bits}, searched, {kind} of {of} smoothed where {least:g} dB are gained"
                 row(label, codes, divisors, latent=kind == "channels")
                 results["rows"][label]["layers_smoothed"] = len(divisors)
             gains = {n: max(step_gain_db(s, bits).values()) for n, s in of_names.items()}
