@@ -32,8 +32,8 @@ ROWS = 256
 """Of a layer's input kept to try smoothing on."""
 
 LEAST_GAIN_DB = {True: 3.0, False: 1.0}
-"""Of a layer's output, for which its input is smoothed, at inputs of 8 bits and of fewer. Of emoji-64's U-Net 19 layers
-gain so much at 8 bits and 71 gain 1 dB, but the final latents gain 0.8 dB either way (results/calibration.json)."""
+"""Of a layer's output, for which its input is smoothed, at inputs of 8 bits and of fewer. At 8 bits convolutions alone are:
+linear layers that gain on the inputs recorded lose on others (results/calibration.json)."""
 
 OPTIONS = ("w8", "w5", "w4", "w3")
 """That mixed precision chooses from. Each costs a forward a layer, or a search for its grid."""
@@ -106,7 +106,7 @@ def _smoothed(
     later = {name for names in together.values() for name in names[1:]}
     found: dict[str, Array] = {}
     for number, name in enumerate(seen):
-        if name in later:
+        if name in later or (scheme.inputs >= 8 and type(modules[name]).__name__ == "Linear"):
             continue
         yield Progress("smooth", number / len(seen), f"{part.name}, layer {number + 1} of {len(seen)}")
         names = [each for each in together.get(name, (name,)) if each in seen]
