@@ -32,7 +32,7 @@ ROWS = 256
 """Of a layer's input kept to try smoothing on."""
 
 LEAST_GAIN_DB = {True: 3.0, False: 1.0}
-"""Of a layer's output, for which its input is smoothed, at inputs of 8 bits and of fewer. At 8 bits convolutions alone are:
+"""Of a layer's output, for which its input is smoothed, at inputs of 8 bits and of fewer. At 8 bits only convolutions are:
 linear layers that gain on the inputs recorded lose on others (results/calibration.json)."""
 
 OPTIONS = ("w8", "w5", "w4", "w3")
