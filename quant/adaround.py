@@ -50,14 +50,16 @@ TINY = 1e-20
 class AdaRound:
     """How the rounding of a part is learned."""
 
-    iterations: int = 300
-    """On each block."""
+    iterations: int = 1500
+    """On each block. On a ResnetBlock2D of emoji-64 at 3 bits the error of its output falls from 19.0 dB below it, with
+    the nearest codes, to 26.3 in 500 and 27.7 in 1500; gptq gives 27.1 in a hundredth of the time."""
     batch: int = 16
     """Rows of a block's input in each."""
-    rate: float = 0.01
+    rate: float = 0.02
     """Adam's, of V."""
-    weight: float = 1.0
-    """Of the regularizer, a mean over weights, beside the error over that of the codes it starts from."""
+    weight: float = 100.0
+    """Of the regularizer, a mean over weights, beside the error over that of the nearest codes. At 0.3 a third of
+    the weights end between two codes, and rounding them loses what was learned; at 100, 1 in 4000."""
     input_iterations: int = 0
     """With the rounding done, on the steps of the inputs' codes (Q-Diffusion's second stage)."""
     input_rate: float = 0.001
@@ -81,7 +83,7 @@ def reconstruct(
 ) -> Generator[Progress, None, Quantized]:
     """The codes of every Linear and convolution of `quantized` learned, on the grids they have.
 
-    quantized  where to start from: codes of nearest, or better of compensate
+    quantized  the grids, and codes that stay where learning finds no better ones: those of compensate, best
     batches    named inputs the part really sees, one forward each
     store      a folder: finished blocks are kept there, so that a job that was cut off goes on with the next
     No block comes back worse than it was on the rows held out.
@@ -141,17 +143,18 @@ class _Work:
         self.seen = np.setdiff1d(every, self.held) if len(self.held) else every
         self.held = self.held if len(self.held) else every
         with _frozen(self.modules[self.block.name]):
-            before = self.error()
-            yield from self._codes(max(before, TINY))
-            yield from self._inputs(max(before, TINY))
-            after = self.error()
+            before = self.error(self.layers)
+            yield from self._codes()
+            yield from self._inputs()
+            after = self.error(self.layers)
         yield 1.0, f"error {_db(before):.1f} dB before, {_db(after):.1f} dB after"
 
-    def _codes(self, scale: float) -> Iterator[tuple[float, str]]:
+    def _codes(self) -> Iterator[tuple[float, str]]:
         """The rounding, on steps that stay."""
         how, th = self.how, torch()
         soft = {n: Soft.at(float_weight(self.modules[n], layer), layer) for n, layer in self.layers.items()}
         count = sum(one.v.numel() for one in soft.values())
+        scale = max(self.error({n: one.hard(self.layers[n]) for n, one in soft.items()}), TINY)
         # gradients of a mean over many weights are far below Adam's usual epsilon of 1e-8
         optimizer = th.optim.Adam([one.v for one in soft.values()], lr=how.rate, eps=TINY)
         rng = np.random.default_rng(how.seed)
@@ -175,7 +178,7 @@ class _Work:
                     )
         self._keep({n: one.hard(self.layers[n]) for n, one in soft.items()})
 
-    def _inputs(self, scale: float) -> Iterator[tuple[float, str]]:
+    def _inputs(self) -> Iterator[tuple[float, str]]:
         """Steps of the inputs' codes, by gradients through rounding (LSQ, Esser et al. 2020, arXiv:1902.08153)."""
         how, th = self.how, torch()
         factors = {
@@ -185,6 +188,7 @@ class _Work:
             return
         optimizer = th.optim.Adam(list(factors.values()), lr=how.input_rate, eps=TINY)
         rng = np.random.default_rng([how.seed, 1])
+        scale = max(self.error(self.layers), TINY)
         with ExitStack() as stack:
             stack.enter_context(
                 self._simulated({n: replace(self.layers[n], input=None) for n in self.layers})
@@ -204,15 +208,13 @@ class _Work:
 
     def _keep(self, layers: dict[str, Layer]) -> None:
         """These instead, if they are better on the rows held out."""
-        before = self.layers, self.error()
-        self.layers = layers
-        if not self.error() < before[1]:
-            self.layers = before[0]
+        if self.error(layers) < self.error(self.layers):
+            self.layers = layers
 
-    def error(self) -> float:
+    def error(self, layers: Mapping[str, Layer]) -> float:
         """Mean square of the output's error on the rows held out, over that of the output."""
         pieces = np.array_split(self.held, -(-len(self.held) // self.how.batch))
-        with torch().no_grad(), self._simulated(self.layers):
+        with torch().no_grad(), self._simulated(layers):
             return float(sum(self._loss(rows, {}) * len(rows) for rows in pieces)) / len(self.held)
 
     def _loss(self, rows: Array, weights: Mapping[str, Any]) -> Any:

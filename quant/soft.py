@@ -19,9 +19,6 @@ Array = NDArray[Any]
 STRETCH = (-0.1, 1.1)
 """gamma and zeta of the rectified sigmoid h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1) (AdaRound, eq. 23)."""
 
-NEAR = 0.49
-"""How far from its code a weight may start: beyond a half it would round to another one."""
-
 
 @dataclass(frozen=True, eq=False)
 class Soft:
@@ -39,17 +36,17 @@ class Soft:
 
     @classmethod
     def at(cls, weight: Array, layer: Layer) -> Soft:
-        """Rounds to the layer's codes; h is what is missing to the weight, as far as the code allows."""
+        """At the weight itself, as far as the layer's grid goes: `hard` gives the nearest codes."""
         th, w = torch(), layer.weights
         step = steps_of(w)[:, :, None]
         zero = np.zeros((1, 1, 1), np.float32) if w.zero is None else w.zero.astype(np.float32)[:, :, None]
-        code = w.codes.astype(np.float32).reshape(len(step), step.shape[1], -1) - zero
-        unit = code + np.clip(weight.reshape(code.shape) / step - code, -NEAR, NEAR)
-        floor = np.floor(unit)
+        low, high = lowest_code(w.bits, w.zero is None), 2 ** (w.bits - 1) - 1
+        unit = np.clip(weight.reshape(len(step), step.shape[1], -1) / step, low - zero, high - zero)
+        # the highest code is the upper of two, so that it can be left
+        floor = np.minimum(np.floor(unit), high - zero - 1)
         # h exactly 0 or 1 has no gradient
         h = np.clip(unit - floor, 0.01, 0.99)
         v = -np.log((STRETCH[1] - STRETCH[0]) / (h - STRETCH[0]) - 1)
-        low, high = lowest_code(w.bits, w.zero is None), 2 ** (w.bits - 1) - 1
         ends = (th.from_numpy(low - zero), th.from_numpy(high - zero))
         v = th.from_numpy(v.astype(np.float32)).requires_grad_(True)
         return cls(v, th.from_numpy(floor.astype(np.float32)), th.from_numpy(step), ends, w.shape)
