@@ -70,6 +70,8 @@ def convert(traced: Traced, work: Path, *, opset: int) -> Any:
     try:
         model = core.read_model(str(write_graph(traced, work, opset=opset)))
         fill(model, shorter)
+        if part.quantized is not None and part.name.startswith("vae_"):
+            _norm_by_channel(model)
         exact = _angles(model)
         _reshape_by_name(model, exact)
         openvino.save_model(model, str(work / "float32.xml"), compress_to_fp16=False)
@@ -103,6 +105,43 @@ def _angles(model: Any) -> set[str]:
         if not {source.get_type_name() for source in above.values()} & {"MatMul", "Convolution"}:
             exact |= above.keys()  # an angle of the network's own making is no better than the network
     return exact
+
+
+def _norm_by_channel(model: Any) -> None:
+    """Replace group norms of pictures by a factor and a summand a channel, found from each channel's two moments.
+
+    The engine's own group norm wants the picture by planes, an integer convolution wants it by pixels: two copies fewer
+    for each. SD-1.5's decoder in int8 takes 3.30 core seconds in place of 3.62 and is as close; one of 16 x 16 pixels,
+    as in a U-Net, takes 8 % longer, and one of nothing but bfloat16 is half as exact.
+    """
+    operators = library("openvino.opset13")
+    pixels = np.array([2, 3])
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "GroupNormalization" or node.input_value(0).get_partial_shape().rank != 4:
+            continue
+        x, groups = node.input_value(0), int(node.get_attributes()["num_groups"])
+        grouped, single = np.array([0, groups, -1, 1]), np.array([0, -1, 1, 1])  # 0: as it is
+
+        def by_group(value: Any, shape: Any = grouped) -> Any:
+            return operators.reshape(value, shape, True)
+
+        shape = operators.shape_of(x)
+        count = operators.reduce_prod(operators.gather(shape, pixels, np.array(0)), np.array([0]), True)
+        length = by_group(operators.reduce_l2(x, pixels, True))
+        squares = operators.divide(operators.multiply(length, length), operators.convert(count, np.float32))
+        within = np.array([2])
+        mean = operators.reduce_mean(by_group(operators.reduce_mean(x, pixels, True)), within, True)
+        square = operators.reduce_mean(squares, within, True)
+        variance = operators.subtract(square, operators.multiply(mean, mean))
+        spread = operators.sqrt(operators.add(variance, np.float32(node.get_attributes()["epsilon"])))
+        weight, bias = (by_group(node.input_value(place), np.array([1, groups, -1, 1])) for place in (1, 2))
+        factor = operators.divide(weight, spread)
+        summand = operators.subtract(bias, operators.multiply(mean, factor))
+        scaled = operators.multiply(x, by_group(factor, single))
+        result = operators.add(scaled, by_group(summand, single))
+        result.set_friendly_name(node.get_friendly_name())
+        for port in node.output(0).get_target_inputs():
+            port.replace_source_output(result.output(0))
 
 
 def _reshape_by_name(model: Any, names: set[str]) -> None:

@@ -192,3 +192,36 @@ def test_the_mean_error_is_subtracted_by_the_exact_time(tmp_path):
     feeds = {"sample": np.zeros((2, 4, 8, 8), np.float32), "timestep": np.array([993.0, 999.0], np.float32)}
     got = session.run(feeds)["out"]
     np.testing.assert_allclose(got[:, 0, 0, 0], [-3, -9], atol=0.05)
+
+
+class Normed(torch.nn.Module):
+    """A decoder's beginning: a convolution whose mean is far from 0, normed in groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(16, 32, 3, padding=1), torch.nn.GroupNorm(4, 32)
+        self.last = torch.nn.Conv2d(32, 8, 1)
+        with torch.no_grad():
+            self.conv.bias += 2
+            self.norm.weight.uniform_(0.5, 2)
+            self.norm.bias.uniform_(-1, 1)
+
+    def forward(self, sample):
+        return self.last(self.norm(self.conv(sample)))
+
+
+def test_a_quantized_decoder_is_normed_by_channel_with_the_same_result_at_any_size(tmp_path):
+    torch.manual_seed(0)
+    inputs = (TensorSpec("sample", "float32", ("batch", 16, "height", "width")),)
+    outputs = (TensorSpec("out", "float32", ("batch", 8, "height", "width")),)
+    example = Example({"batch": (2, 3), "height": (8, 12), "width": (8, 10)})
+    part = Part("vae_decoder", Normed().eval(), inputs, outputs, example)
+    weights = nearest(part.module.conv.weight.detach().numpy(), 8)
+    made = replace(part, quantized=Quantized({"conv": Layer(weights)}))
+    session = written(made, tmp_path)
+    assert "GroupNormalization" not in (tmp_path / "openvino_model.xml").read_text()
+    for sizes in ({"batch": 1, "height": 8, "width": 8}, {"batch": 2, "height": 6, "width": 10}):
+        x = example.feeds(inputs, sizes, seed=1)
+        with simulated(made), torch.no_grad():
+            wanted = made.module(torch.from_numpy(x["sample"])).numpy()
+        np.testing.assert_allclose(session.run(x)["out"], wanted, rtol=1e-4, atol=1e-4)
