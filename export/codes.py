@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..model.quantized import Weights
 from .nodes import Writer
-from .packing import packs_by_row, unpacked, unpacked_rows
+from .packing import packs_by_row, unpacked
 
 __all__ = ["dequantized", "embedded", "fits_int8", "floats", "int8"]
 
@@ -30,10 +30,9 @@ def fits_int8(weights: Weights) -> bool:
 
 def int8(graph: Writer, weights: Weights, name: str, *, by_column: bool) -> ir.Value:
     """multiplier (codes - zero) as int8, [out, inner] or [inner, out]. Only where `fits_int8`."""
-    codes = weights.codes.T if by_column else weights.codes
-    if weights.bits == 8:
-        return graph.weight(name, codes)
-    return _shaped(graph, _cast(graph, _whole(graph, weights, name, by_column), "INT8"), codes.shape)
+    shape = weights.codes.shape[::-1] if by_column else weights.codes.shape
+    whole = _whole(graph, weights, name, shape, by_column)
+    return whole if weights.groups == 1 else _shaped(graph, whole, shape)
 
 
 def floats(
@@ -43,9 +42,10 @@ def floats(
 
     DequantizeLinear is none of them: its output would be computed anew at every call.
     """
-    whole = _cast(graph, _whole(graph, weights, name, by_column), "FLOAT")
-    scale = graph.weight(f"{name}.s", _beside(weights.scale, by_column))
-    return _shaped(graph, graph.add("Mul", whole, scale), shape)
+    whole = _cast(graph, _whole(graph, weights, name, shape, by_column), "FLOAT")
+    scale = graph.weight(f"{name}.s", _beside(weights.scale, weights.groups, shape, by_column))
+    value = graph.add("Mul", whole, scale)
+    return value if weights.groups == 1 else _shaped(graph, value, shape)
 
 
 def dequantized(
@@ -88,7 +88,7 @@ def embedded(graph: Writer, weights: Weights, name: str, rows: ir.Value) -> ir.V
     offset = np.int16(0)
     if weights.bits < 8 and packs_by_row(weights.codes.shape[1], weights.bits):
         offset = np.int16(2 ** (weights.bits - 1))
-        codes = unpacked_rows(graph, weights.codes + offset, weights.bits, name, rows)
+        codes = unpacked(graph, weights.codes + offset, weights.bits, name, rows)
     else:
         codes = graph.add("Gather", graph.weight(name, weights.codes), rows)
     value = graph.add(
@@ -108,35 +108,50 @@ def embedded(graph: Writer, weights: Weights, name: str, rows: ir.Value) -> ir.V
     return graph.add("Reshape", value, graph.sizes(*axes, -1))
 
 
-def _whole(graph: Writer, weights: Weights, name: str, by_column: bool) -> ir.Value:
-    """multiplier (codes - zero), int32 [out, groups, group] or [groups, group, out], from constants."""
-    offset = np.int16(2 ** (weights.bits - 1) if weights.bits < 8 else 0)
-    codes = _grouped(weights.codes + offset, weights.groups, by_column)
-    if weights.bits < 8:
-        value = unpacked(graph, codes, weights.bits, name)
+def _whole(graph: Writer, weights: Weights, name: str, shape: tuple[int, ...], by_column: bool) -> ir.Value:
+    """multiplier (codes - zero), int8, or float where that can be beyond; laid out by `_grouped`.
+
+    All that ONNX Runtime folds stays in memory until it has folded everything, so few and narrow steps count: an int4
+    that is cast costs a byte and a half a weight, planes of 3 bits ten.
+    """
+    bits, groups = weights.bits, weights.groups
+    codes, offset = weights.codes.astype(np.int16), 0
+    if bits == 8:
+        value = graph.weight(name, _grouped(weights.codes, groups, shape, by_column))
+    elif bits == 4 and graph.opset >= 21:
+        stored = graph.weight(name, _grouped(weights.codes, groups, shape, by_column), ir.DataType.INT4)
+        value = _cast(graph, stored, "INT8")
     else:
-        value = graph.weight(name, codes.astype(np.int8))
-    value = _cast(graph, value, "INT32")
+        offset = 2 ** (bits - 1)
+        value = unpacked(graph, _grouped(codes + offset, groups, shape, by_column), bits, name)
+        value = _cast(graph, value, "INT8")
+    wide = bits == 8 and not (weights.zero is None and weights.multiplier is None)
+    dtype = np.float32 if wide else np.int8
+    if wide:
+        value = _cast(graph, value, "FLOAT")
     if weights.zero is not None:
-        zero = _beside(weights.zero + offset, by_column)
-        stored = graph.weight(f"{name}.z", zero.astype(np.uint8 if weights.bits < 8 else np.int8))
-        value = graph.add("Sub", value, _cast(graph, stored, "INT32"))
+        zero = _beside(weights.zero.astype(np.int16) + offset, groups, shape, by_column)
+        value = graph.add("Sub", value, graph.weight(f"{name}.z", zero.astype(dtype)))
     elif offset:
-        value = graph.add("Sub", value, graph.constant(np.array(offset, np.int32)))
+        value = graph.add("Sub", value, graph.constant(np.array(offset, np.int8)))
     if weights.multiplier is not None:
-        stored = graph.weight(f"{name}.m", _beside(weights.multiplier, by_column))
-        value = graph.add("Mul", value, _cast(graph, stored, "INT32"))
+        multiplier = _beside(weights.multiplier, groups, shape, by_column)
+        value = graph.add("Mul", value, graph.weight(f"{name}.m", multiplier.astype(dtype)))
     return value
 
 
-def _grouped(codes: Array, groups: int, by_column: bool) -> Array:
-    """[out, inner] as [out, groups, group], or that with the rows last."""
+def _grouped(codes: Array, groups: int, shape: tuple[int, ...], by_column: bool) -> Array:
+    """[out, inner] in `shape`, with more than one group [out, groups, group]; or that with the rows last."""
+    if groups == 1:
+        return (codes.T if by_column else codes).reshape(shape)
     split = codes.reshape(len(codes), groups, -1)
     return split.transpose(1, 2, 0) if by_column else split
 
 
-def _beside(side: Array, by_column: bool) -> Array:
+def _beside(side: Array, groups: int, shape: tuple[int, ...], by_column: bool) -> Array:
     """[out, groups or 1] so that it multiplies what `_grouped` made."""
+    if groups == 1:
+        return side.T if by_column else side.reshape(-1, *[1] * (len(shape) - 1))
     return side.T[:, None, :] if by_column else side[:, :, None]
 
 

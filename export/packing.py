@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .nodes import Writer
 
-__all__ = ["PLANES", "packs_by_row", "planes", "unpacked", "unpacked_rows"]
+__all__ = ["PLANES", "packs_by_row", "planes", "unpacked"]
 
 Array = NDArray[Any]
 
@@ -39,30 +39,22 @@ def planes(codes: Array, bits: int) -> list[tuple[int, Array]]:
     return found
 
 
-def unpacked(graph: Writer, codes: Array, bits: int, name: str) -> Any:
-    """Value of the unsigned codes, uint8 of their own shape: a subgraph of constants."""
-    flat = [(width, graph.weight(f"{name}.{width}", data)) for width, data in planes(codes.ravel(), bits)]
-    return graph.add("Reshape", _joined(graph, flat, bits, (codes.size,)), graph.sizes(*codes.shape))
-
-
 def packs_by_row(width: int, bits: int) -> bool:
     """Whether rows of so many codes begin at whole bytes."""
     return all(width * plane % 8 == 0 for plane in PLANES[bits])
 
 
-def unpacked_rows(graph: Writer, codes: Array, bits: int, name: str, rows: Any) -> Any:
-    """Value of the unsigned codes [..., width] of the rows that `rows` numbers: no other row is unpacked.
+def unpacked(graph: Writer, codes: Array, bits: int, name: str, rows: Any = None) -> Any:
+    """Value of the unsigned codes, uint8 of their own shape, computed from their planes.
 
-    codes  [count, width], see `packs_by_row`
+    rows  numbers of the rows wanted: the value is [*rows.shape, width] of codes [count, width] that `packs_by_row`,
+          and no other row is unpacked. None: all, from constants alone
     """
+    shape = codes.shape if rows is None else (*[0] * len(rows.shape), codes.shape[-1])  # 0: as it is
     parts = []
-    for width, data in planes(codes, bits):
-        parts.append((width, graph.add("Gather", graph.weight(f"{name}.{width}", data), rows)))
-    return _joined(graph, parts, bits, (*[0] * len(rows.shape), codes.shape[-1]))
-
-
-def _joined(graph: Writer, parts: list[tuple[int, Any]], bits: int, shape: tuple[int, ...]) -> Any:
-    """Unpack bytes [..., n] of every plane and put the planes together; shape as Reshape takes it, 0: as it is."""
+    for width, data in planes(codes.ravel() if rows is None else codes, bits):
+        stored = graph.weight(f"{name}.{width}", data)
+        parts.append((width, stored if rows is None else graph.add("Gather", stored, rows)))
     joined, left = None, bits
     for width, data in parts:
         left -= width
@@ -71,11 +63,10 @@ def _joined(graph: Writer, parts: list[tuple[int, Any]], bits: int, shape: tuple
         part = graph.add("Unsqueeze", data, graph.sizes(-1))
         part = graph.add("BitShift", part, shifts, attributes={"direction": "RIGHT"})
         part = graph.add("BitwiseAnd", part, graph.constant(np.array(2**width - 1, np.uint8)))
-        if len(shape) == 1:  # all codes of a layer, the last byte not filled perhaps
+        if codes.size * width % 8 and rows is None:  # the last byte is not full
             part = graph.add("Reshape", part, graph.sizes(-1))
-            part = graph.add("Slice", part, graph.sizes(0), graph.sizes(shape[0]))
-        else:
-            part = graph.add("Reshape", part, graph.sizes(*shape))
+            part = graph.add("Slice", part, graph.sizes(0), graph.sizes(codes.size))
+        part = graph.add("Reshape", part, graph.sizes(*shape))
         if left:
             shift = graph.constant(np.array(left, np.uint8))
             part = graph.add("BitShift", part, shift, attributes={"direction": "LEFT"})
