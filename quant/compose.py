@@ -32,8 +32,8 @@ ROWS = 256
 """Of a layer's input kept to try smoothing on."""
 
 LEAST_GAIN_DB = {True: 3.0, False: 1.0}
-"""Of a layer's output, for which its input is smoothed, at inputs of 8 bits and of fewer. At 8 bits only convolutions are:
-linear layers that gain on the inputs recorded lose on others (results/calibration.json)."""
+"""Of a layer's output, for which its input is smoothed, at inputs of 8 bits and of fewer. At 8 bits only convolutions
+are: linear layers that gain on the inputs recorded lose on others (results/calibration.json)."""
 
 OPTIONS = ("w8", "w5", "w4", "w3")
 """That mixed precision chooses from. Each costs a forward a layer, or a search for its grid."""
@@ -145,7 +145,7 @@ def mixed_bits(
         recorded.batches(part.name),
         recorded.steps(part.name),
         {},
-        Sensitivity(options=OPTIONS, group=group, multiplier=bool(inputs.codes)),
+        Sensitivity(options=OPTIONS, group=group, symmetric=False, multiplier=True),
         ctx.store,
         plan=ctx.plan if "timestep" in recorded.batches(part.name)[0] else None,
         guidance=guidance,
@@ -166,7 +166,11 @@ def weight_pins() -> list[Pin]:
 def round_weights(
     part: Part, bits: Mapping[str, int], inputs: Inputs, *, group: int
 ) -> Generator[Progress, None, Quantized]:
-    """Every layer of `bits` as the nearest integers; groups of rows that 8-bit kernels shall take get multipliers."""
+    """Every layer of `bits` as the nearest integers.
+
+    Below 8 bits a group has a zero point and a whole multiplier of the row's scale: nearer than groups with scales of
+    their own, in fewer bits (benchmarks/results/rounding.json), and 8-bit kernels can take it.
+    """
     modules = quantizable(part)
     layers: dict[str, Layer] = {}
     for number, (name, count) in enumerate(bits.items()):
@@ -176,7 +180,8 @@ def round_weights(
             _weight(modules[name], smooth),
             count,
             group=0 if count == 8 else group,
-            multiplier=name in inputs.codes,
+            symmetric=count == 8,
+            multiplier=True,
             name=f"{part.name}.{name}",
         )
         layers[name] = Layer(weights, inputs.codes.get(name), smooth)

@@ -139,8 +139,7 @@ class Quantize:
                 part, quantized, batches, train, ctx.store, recorded.held_out(part.name)
             )
         if self.correct and denoiser:
-            scale = guidance if guidance != 1.0 else None
-            means = yield from drift.measure_drift(part, quantized, batches, scale)
+            means = yield from drift.measure_drift(part, quantized, batches)
             quantized = drift.with_drift(quantized, means)
         return replace(quantized, cases=_cases(part, recorded), weakest=weakest)
 

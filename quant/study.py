@@ -40,7 +40,7 @@ def study(
         seen = yield from observe(part, batches, names, steps)
         inputs = {name: {bits: input_codes(one, bits) for bits in widths} for name, one in seen.items()}
     guidance = model.guidance.scale if model.guidance.kind != "none" else 1.0
-    settings = Sensitivity(options=tuple(options), group=group)
+    settings = Sensitivity(options=tuple(options), group=group, symmetric=False, multiplier=True)
     table = yield from sensitivity(
         part, batches, steps, inputs, settings, store, plan=plan, guidance=guidance
     )
