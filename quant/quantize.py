@@ -23,9 +23,9 @@ __all__ = ["Quantize"]
 CASES = 4
 """Held-out batches the gate compares on."""
 
-SMALL_BYTES = 1 << 28
-"""Of float weights, up to which codes of 8 bits are compensated as well: seconds for emoji-64's U-Net, 38.7 dB become
-46.5 (benchmarks/results/rounding.json); for SD-1.5's some ten minutes, where inputs of 8 bits leave 32 dB anyhow."""
+SMALL_BYTES = 1 << 26
+"""Of float weights, up to which codes of 8 bits are compensated as well: seconds for emoji-64's U-Net, 44 dB become 50
+(benchmarks/results/rounding.json); for SD-1.5's some ten minutes, where inputs of 8 bits leave 32 dB anyhow."""
 
 ROUNDINGS = ("nearest", "gptq")
 
@@ -46,8 +46,9 @@ class Quantize:
     """gptq: later weights of a row make up for the earlier. nearest: they do not, nor do 8 bits of large parts ever."""
     smooth: bool = True
     """Even out channels of inputs where that earns its multiplication."""
-    correct: bool = True
-    """Take off the mean error of layers and, by timestep, of the denoiser's output."""
+    correct: bool = False
+    """Take off the mean error of layers and, by timestep, of the denoiser's output: 0.1 dB of emoji-64's final latents
+    at w8a8, nothing at w4a8, for twice the time (benchmarks/results/low_bits.json)."""
     finetune: int = 0
     """Steps of training the denoiser's integers on its own float outputs: some thousands for w4a4."""
     keep: tuple[str, ...] = ()
