@@ -53,7 +53,8 @@ class Writer:
     def weight(self, name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
         """The initializer of that name, made of `array` at the first call."""
         if name not in self.graph.initializers:
-            data = ir.tensor(np.ascontiguousarray(array), dtype, name=name)
+            # not ascontiguousarray, which makes vectors of scalars: Range refuses those where it knows the sizes
+            data = ir.tensor(np.asarray(array, order="C"), dtype, name=name)
             self.graph.register_initializer(ir.Value(name=name, const_value=data))
         return self.graph.initializers[name]
 
