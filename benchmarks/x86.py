@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import x86_peers
+import x86_profile
 from common import RESULTS, save, spread
 from x86_ours import KINDS
 
@@ -214,6 +215,9 @@ def table(results: dict[str, Any]) -> str:
             )
         lines += [f"{name}: {one['cannot']}" for name, one in every.items() if "cannot" in one]
         lines.append("")
+        if model in results.get("profile", {}):
+            lines += ["| | part | operators | core s an image | of the part | share of the ceiling |"]
+            lines += ["|---|---|---|---|---|---|", *x86_profile.reached(results, model), ""]
     return "\n".join(lines)
 
 
