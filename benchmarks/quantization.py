@@ -1,6 +1,6 @@
 """Integers in the denoiser: ours beside plain ONNX Runtime and nncf, the same bits and the same calibration calls.
 
-    python benchmarks/quantization.py [--model models/emoji-64] [--steps 8] [--seeds 32] [--schemes w8a8 w4a8 w4 w3.5]
+    pip install nncf; python benchmarks/quantization.py [--steps 8] [--seeds 32] [--schemes w8a8 w4a8 ...]
 
 Only the U-Net changes: text encoder and decoder are the float32 bundle's, so latents differ by the U-Net alone. Prompts
 and seeds are none of those calibrated on. For every U-Net: PSNR and RMS error of the final latents against float32 with
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from common import save, spread
 
-from fewstep.export import Exported, export_bundle, quality
+from fewstep.export import Exported, export_bundle, onnx, quality
 from fewstep.export.plans import plan_of
 from fewstep.model import load
 from fewstep.model.trajectories import trajectories
@@ -64,7 +64,8 @@ def exported(model: Path, target: str, steps: int, out: Path, scheme: str | None
     return out, time.perf_counter() - began
 
 
-def plain_onnxruntime(graph: Path, out: Path, calls: Sequence[Mapping[str, Any]]) -> None:
+def plain_onnxruntime(graph: Path, out: Path, calls: Sequence[Mapping[str, Any]], model: Any) -> None:
+    """From what torch.onnx.export writes: on a graph without the shapes of inner values quantize_static gives up."""
     from onnxruntime import quantization as q
 
     class Reader(q.CalibrationDataReader):  # type: ignore[misc]
@@ -76,7 +77,9 @@ def plain_onnxruntime(graph: Path, out: Path, calls: Sequence[Mapping[str, Any]]
 
     logging.disable(logging.WARNING)
     ready = out / "prepared.onnx"
-    q.quant_pre_process(str(graph), str(ready), skip_symbolic_shape=True)
+    onnx.write_plain(onnx.trace(model.parts[model.denoiser]), out)
+    (out / "model.onnx").rename(ready)
+    q.quant_pre_process(str(ready), str(ready), skip_symbolic_shape=True)
     q.quantize_static(
         str(ready),
         str(out / "model.onnx"),
@@ -90,7 +93,9 @@ def plain_onnxruntime(graph: Path, out: Path, calls: Sequence[Mapping[str, Any]]
     ready.unlink()
 
 
-def plain_nncf(xml: Path, out: Path, calls: Sequence[Mapping[str, Any]], transformer: bool) -> None:
+def plain_nncf(
+    xml: Path, out: Path, calls: Sequence[Mapping[str, Any]], _: Any, *, transformer: bool
+) -> None:
     import nncf
     import openvino
 
@@ -172,7 +177,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         )  # float32, whatever the target would compute in
         graphs = {"float32": (base / plain.graph, spec)}
         seconds: dict[str, float] = {}
-        for scheme in args.schemes:
+        for scheme in args.schemes if engine == "onnxruntime" else args.openvino_schemes:
             out, took = exported(args.model, target, args.steps, work / f"{target}-{scheme}", scheme)
             mine = Bundle.open(out, check="size").manifest.parts[part]
             graphs[f"fewstep {scheme}"] = (out / mine.graph, spec)
@@ -186,10 +191,10 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
         }[engine]
         for name, make in peers.items():
             out = work / name.replace(" ", "-")
-            if not out.exists():
-                out.mkdir()
+            if not (out / Path(plain.graph).name).exists():
+                out.mkdir(exist_ok=True)
                 began = time.perf_counter()
-                make(base / plain.graph, out, fed)
+                make(base / plain.graph, out, fed, model)
                 seconds[name] = time.perf_counter() - began
             graphs[name] = (out / Path(plain.graph).name, spec)
         right = latents(base, *graphs["float32"], args.steps, shown)
@@ -210,7 +215,8 @@ def measure(args: argparse.Namespace, work: Path) -> dict[str, Any]:
                 "seconds": seconds.get(name),
             }
             print(
-                f"{engine:12} {name:20} latent PSNR {one['latent_psnr_db']:5.1f} dB, RMS {one['latent_rms_error']:.4f}, "
+                f"{engine:12} {name:20} latent PSNR {one['latent_psnr_db']:5.1f} dB, "
+                f"RMS {one['latent_rms_error']:.4f}, "
                 f"call {min(each):5.1f} dB, {size / 1e6:6.2f} MB, {times[name]['median']:6.2f} core-ms",
                 flush=True,
             )
@@ -226,7 +232,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--schemes", nargs="+", default=["w8a8", "w4a8", "w4", "w3.5"])
+    parser.add_argument("--schemes", nargs="+", default=["w8a8", "w4a8", "w4", "w3.5", "w4a4"])
+    parser.add_argument("--openvino-schemes", nargs="+", default=["w8a8", "w4a8"])
     parser.add_argument("--work", type=Path, help="keep the bundles here, and take those that are there")
     args = parser.parse_args()
     work = args.work or Path(tempfile.mkdtemp(prefix="quantization-"))
