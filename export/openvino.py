@@ -181,6 +181,8 @@ def _save(model: Any, file: Path, weights: str, *, whole: bool) -> None:
     if halves and not whole:
         _halve(model)
     _openvino().save_model(model, str(file), compress_to_fp16=halves and whole)
+    # its indentation is a sixth of a small graph's file
+    file.write_text(re.sub(r">\s+<", "><", file.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def _halve(model: Any) -> None:
