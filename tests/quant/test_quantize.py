@@ -65,7 +65,8 @@ def test_every_layer_gets_integers_and_the_history_says_how(model, context):
     layers = only(done).layers
     assert {name.rpartition(".")[2] for name in layers} == {"inward", "time", "mixed", "back", "outward"}
     assert all(layer.weights.bits == 8 for layer in layers.values())
-    assert {name for name, layer in layers.items() if layer.input is not None} == set(layers)
+    rounded = {name.rpartition(".")[2] for name, layer in layers.items() if layer.input is not None}
+    assert rounded == {"time", "mixed", "back"}, "the first and the last layer take what they are given"
     assert (done.history[0]["pass"], done.history[0]["scheme"]) == ("Quantize", "w8a8")
     assert only(done).cases
     fractions = [event.fraction for event in events]
