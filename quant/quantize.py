@@ -12,6 +12,7 @@ from ..model.quantized import Quantized
 from ..runtime.errors import BadInput
 from ..runtime.progress import Progress
 from . import compose, drift
+from .adaround import AdaRound, reconstruct
 from .calibrate import Calibration, Recorded, calibrate
 from .compensate import Compensation, compensate
 from .finetune import Finetune, finetune
@@ -27,7 +28,7 @@ SMALL_BYTES = 1 << 26
 """Of float weights, up to which codes of 8 bits are compensated as well: seconds for emoji-64's U-Net, 44 dB become 50
 (benchmarks/results/rounding.json); for SD-1.5's some ten minutes, where inputs of 8 bits leave 32 dB anyhow."""
 
-ROUNDINGS = ("nearest", "gptq")
+ROUNDINGS = ("nearest", "gptq", "adaround")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Quantize:
     group: int = 64
     """Weights of a row that share a scale, at less than 8 bits; 0: a whole row."""
     rounding: str = "gptq"
-    """gptq: later weights of a row make up for the earlier. nearest: they do not, nor do 8 bits of large parts ever."""
+    """nearest; gptq: later weights of a row make up for the earlier, but for 8 bits of large parts; adaround: the
+    denoiser's blocks then learn theirs, in many times the time and for little (results/rounding.json)."""
     smooth: bool = True
     """Even out channels of inputs where that earns its multiplication."""
     correct: bool = False
@@ -71,7 +73,7 @@ class Quantize:
         how = Calibration(
             samples=self.samples or None, timesteps=self.timesteps, prompts=self.prompts, seed=ctx.seed
         )
-        share = 0.5 / len(schemes)  # recording takes about as long as all the rest together
+        share = 0.5 / max(len(schemes), 1)  # recording takes about as long as all the rest together
         recorded = yield from _scaled(calibrate(model, ctx.plan, how, ctx.store), 0.0, 0.5)
         parts = {}
         for number, (name, scheme) in enumerate(schemes.items()):
@@ -128,8 +130,10 @@ class Quantize:
                 part, names, scheme, recorded, inputs, ctx, group=self.group, guidance=guidance
             )
         quantized = yield from compose.round_weights(part, bits, inputs, group=self.group)
-        if self.rounding == "gptq" and (min(bits.values()) < 8 or part.weight_bytes() <= SMALL_BYTES):
+        if self.rounding != "nearest" and (min(bits.values()) < 8 or part.weight_bytes() <= SMALL_BYTES):
             quantized = yield from compensate(part, quantized, batches, Compensation(), ctx.store)
+        if self.rounding == "adaround" and denoiser:
+            quantized = yield from reconstruct(part, quantized, batches, AdaRound(), ctx.store)
         if self.correct and scheme.inputs is not None:
             quantized = yield from drift.correct_biases(part, quantized, batches)
         if self.finetune and denoiser:

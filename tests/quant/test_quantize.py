@@ -1,5 +1,6 @@
 """The pass as a whole, on a network of one convolution each way, a group norm and attention."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 
 from fewstep.export import Exported, export_bundle  # noqa: E402
 from fewstep.model import Context, Model  # noqa: E402
+from fewstep.quant.adaround import AdaRound  # noqa: E402
 from fewstep.quant.quantize import Quantize  # noqa: E402
 from fewstep.runtime import DiscreteVP, plan  # noqa: E402
 from fewstep.runtime.errors import BadInput, GateFailed  # noqa: E402
@@ -72,6 +74,16 @@ def test_every_layer_gets_integers_and_the_history_says_how(model, context):
     fractions = [event.fraction for event in events]
     assert fractions == sorted(fractions)
     assert fractions[-1] <= 1
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq", "adaround"])
+def test_weights_are_rounded_as_asked(model, context, rounding, monkeypatch):
+    monkeypatch.setattr(
+        "fewstep.quant.quantize.AdaRound", partial(AdaRound, iterations=10, input_iterations=0)
+    )
+    done, events = quantized(model, context, scheme="w4a8", group=16, rounding=rounding)
+    assert any("compensate" in event.stage for event in events) == (rounding != "nearest")
+    assert {layer.weights.bits for layer in only(done).layers.values()} == {4, 8}
 
 
 def test_the_float_module_stays_as_it_was(model, context):
