@@ -50,7 +50,7 @@ class Quantize:
     """Even out channels of inputs where that earns its multiplication."""
     correct: bool = False
     """Take off the mean error of layers and, by timestep, of the denoiser's output: 0.1 dB of emoji-64's final latents
-    at w8a8, nothing at w4a8, for twice the time (benchmarks/results/low_bits.json)."""
+    at w8a8, nothing at w4a8, for twice the time, and no more than chance could give."""
     finetune: int = 0
     """Steps of training the denoiser's integers on its own float outputs: some thousands for w4a4."""
     keep: tuple[str, ...] = ()
