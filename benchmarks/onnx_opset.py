@@ -21,8 +21,9 @@ import torch
 from common import save
 
 from fewstep.export import clean, onnx
-from fewstep.export.gate import reference, relative_error
+from fewstep.export.gate import relative_error
 from fewstep.model import Part, load
+from fewstep.model.trajectories import run_part
 from fewstep.runtime.backends import open_session
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +80,7 @@ def main() -> None:
             sizes = part.example.default_sizes()
             sizes |= {axis: size * scale for axis, size in sizes.items() if axis != "batch"}
             feeds = part.example.feeds(part.inputs, sizes, seed=0)
-            right = reference(part, feeds)["out_sample"]
+            right = run_part(part, feeds)["out_sample"]
             spec = onnx.PartSpec("onnxruntime", "", part.inputs, part.outputs)
             sessions = {
                 name: open_session(graph / "model.onnx", spec, threads=1)

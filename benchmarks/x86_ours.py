@@ -38,9 +38,10 @@ TIMES = (999, 759, 499, 259)
 
 def lower(source: str, work: Path, kinds: list[str]) -> None:
     """The parts of every kind into work/KIND/PART; `tiny_decoder` and `vae_decoder` side by side."""
-    from fewstep.export import gate, onnx, openvino, parts
+    from fewstep.export import onnx, openvino, parts
     from fewstep.model import load
     from fewstep.model.model import Part
+    from fewstep.model.trajectories import run_part
     from fewstep.model.upsampling import split_upsampling
 
     model = load(source)
@@ -48,7 +49,7 @@ def lower(source: str, work: Path, kinds: list[str]) -> None:
         model = parts.fixed(model)
     for part in [*model, _tiny(model)]:
         feeds = part.example.feeds(part.inputs, part.example.default_sizes() | {"batch": 1}, seed=0)
-        wanted = gate.reference(part, feeds)
+        wanted = run_part(part, feeds)
         np.savez(work / f"{part.name}.npz", **feeds, **{f"wanted.{name}": y for name, y in wanted.items()})
         counted = {"as it was": x86_profile.work(part, feeds)}
         split_upsampling(part.module)

@@ -23,7 +23,7 @@ from ..model.libraries import torch
 from ..model.model import Context, Model
 from ..runtime.errors import BadInput
 from ..runtime.files import atomic_write
-from ..runtime.progress import Progress
+from ..runtime.progress import Progress, within
 from .lessons import Lessons, Source, prepare
 from .tiny_files import read_network, tiny_config
 from .tiny_shape import choose_shape
@@ -110,7 +110,7 @@ class TinyDecoder:
         shape, _ = choose_shape(model, self.widths, self.blocks)
         store, file = _places(self, model, ctx)
         source = Source(self.latents, self.copies, self.prompts, self.latents_file)
-        taught, held = yield from _scaled(
+        taught, held = yield from within(
             prepare(model, ctx.plan, source, store, SEEDS + ctx.seed + self.seed), 0, TAUGHT_SHARE
         )
         from .tiny_network import TinyNetwork
@@ -119,7 +119,7 @@ class TinyDecoder:
         with th.random.fork_rng(devices=[]):
             th.manual_seed(ctx.seed + self.seed)
             network = TinyNetwork(shape, model.sample.scaling_factor, model.sample.shift_factor)
-        yield from _scaled(_train(self, network, taught, held, model, file, ctx.seed), TAUGHT_SHARE, 1)
+        yield from within(_train(self, network, taught, held, model, file, ctx.seed), TAUGHT_SHARE, 1)
         network.eval()
         every, worst = psnr(network, held, model, len(held))
         yield Progress("tiny decoder", 1.0, f"{every:.1f} dB against {teacher.name}")
@@ -256,14 +256,3 @@ def _places(job: TinyDecoder, model: Model, ctx: Context) -> tuple[Path, Path]:
 
 def _digest(what: Any) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _scaled(work: Generator[Progress, None, Any], begin: float, end: float) -> Generator[Progress, None, Any]:
-    """The same work as a piece of the whole, from `begin` to `end` of it."""
-    while True:
-        try:
-            event = next(work)
-        except StopIteration as done:
-            return done.value
-        share = None if event.fraction is None else begin + (end - begin) * event.fraction
-        yield Progress(event.stage, share, event.note)

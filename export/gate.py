@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ..model.libraries import quiet, torch
 from ..model.model import Model, Part
 from ..model.quantized import Quantized
+from ..model.trajectories import run_part
 from ..runtime.backends import Session, open_session
 from ..runtime.bundle import Bundle
 from ..runtime.errors import GateFailed
@@ -31,7 +32,7 @@ from .quality import MAX_DB
 
 __all__ = [
     *("MAX_DB", "SEED", "PartQuality", "cases", "compare", "draw", "draw_by_diffusers", "draw_by_torch"),
-    *("judge_part", "judge_pipeline", "psnr_db", "reference", "run_graph"),
+    *("judge_part", "judge_pipeline", "psnr_db", "run_graph"),
 ]
 
 Array = NDArray[Any]
@@ -98,17 +99,6 @@ def cases(part: Part, *, few: bool) -> dict[str, dict[str, Array]]:
             name += f", timestep {', '.join(f'{t:.0f}' for t in times)}"
         found[name] = feeds
     return found
-
-
-def reference(part: Part, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """The torch module's outputs by name."""
-    th = torch()
-    with th.no_grad():
-        outputs = part.module(
-            *(th.from_numpy(np.ascontiguousarray(feeds[spec.name])) for spec in part.inputs)
-        )
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return {spec.name: output.numpy() for spec, output in zip(part.outputs, outputs, strict=True)}
 
 
 def run_graph(graph: Path, spec: PartSpec, feeds: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
@@ -270,7 +260,7 @@ class _TorchSession:
     part: Part
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        every = reference(self.part, feeds)
+        every = run_part(self.part, feeds)
         return {name: every[name] for name in outputs or every}
 
     def close(self) -> None:

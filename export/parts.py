@@ -12,6 +12,7 @@ from typing import Any
 
 from ..model.libraries import torch
 from ..model.model import Model, Part
+from ..model.trajectories import run_part
 from ..quant.simulate import weights_of
 from ..runtime.backends import runs_in
 from ..runtime.manifest import Manifest, PartSpec
@@ -138,7 +139,7 @@ def check(part: Part, spec: PartSpec, graph: Path, work: Path) -> tuple[gate.Par
         got, peak = done.value, done.peak_rss_bytes
     else:
         got, peak = gate.run_graph(graph, spec, feeds), None
-    wanted = [gate.reference(part, case) for case in feeds]
+    wanted = [run_part(part, case) for case in feeds]
     return gate.compare(part.name, list(tried), wanted, got), peak
 
 

@@ -24,7 +24,7 @@ from ..runtime.files import remove, temporary_name
 from ..runtime.manifest import Manifest, PartSpec, TokenizerSpec
 from ..runtime.plan import Plan, plan
 from ..runtime.process import DiscreteVP
-from ..runtime.progress import Progress
+from ..runtime.progress import Progress, within
 from ..runtime.times import check_steps, find_grid
 from ..targets import Target, load_target, read_table
 from . import child, gate, parts, preflight, sidefiles, speed
@@ -282,14 +282,8 @@ def _passes(model: Model, context: Context, begin: float, end: float) -> Generat
     """Every pass of the recipe, one after the other; their share of the whole export lies between begin and end."""
     passes = _configured(context.target)
     for number, (name, each) in enumerate(passes):
-        work = each(model, context)
-        try:
-            while True:
-                event = next(work)
-                done = (number + (event.fraction or 0.0)) / len(passes)
-                yield replace(event, stage=f"{name} {event.stage}", fraction=begin + (end - begin) * done)
-        except StopIteration as stop:
-            model = stop.value
+        first, last = (begin + (end - begin) * n / len(passes) for n in (number, number + 1))
+        model = yield from within(each(model, context), first, last, f"{name} ")
     return model
 
 

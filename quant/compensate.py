@@ -16,6 +16,7 @@ from ..runtime.progress import Progress
 from .blocks import Store, run_order
 from .rounding import DAMPING, ROWS, WIDEST, gptq, moments, moments_shape
 from .simulate import simulated
+from .weights import smoothed
 
 __all__ = ["Compensation", "compensate", "float_weight"]
 
@@ -76,12 +77,7 @@ def compensate(
 
 def float_weight(module: Any, layer: Layer) -> NDArray[np.float32]:
     """What the codes of a layer stand for: the module's weights, times `smooth` where it has one."""
-    weight: NDArray[np.float32] = module.weight.detach().float().numpy()
-    if layer.smooth is not None:
-        groups = len(layer.smooth) // weight.shape[1]
-        kernel = [1] * (weight.ndim - 2)
-        weight = weight.reshape(groups, -1, *weight.shape[1:]) * layer.smooth.reshape(groups, 1, -1, *kernel)
-    return weight.reshape(module.weight.shape)
+    return smoothed(module.weight.detach().float().numpy(), layer.smooth)
 
 
 def _passes(modules: Mapping[str, Any], names: Sequence[str], how: Compensation) -> Iterator[list[str]]:

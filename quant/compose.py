@@ -21,7 +21,7 @@ from .sensitivity import Sensitivity, sensitivity
 from .simulate import quantizable
 from .smooth import shared_inputs, smoothing, splits
 from .table import bits_of
-from .weights import nearest
+from .weights import nearest, smoothed
 
 __all__ = ["Inputs", "even_bits", "mixed_bits", "protected", "round_inputs", "round_weights", "weight_pins"]
 
@@ -177,7 +177,7 @@ def round_weights(
         yield Progress("round", number / len(bits), f"{part.name}, layer {number + 1} of {len(bits)}")
         smooth = inputs.smooth.get(name)
         weights = nearest(
-            _weight(modules[name], smooth),
+            smoothed(modules[name].weight.detach().numpy(), smooth),
             count,
             group=0 if count == 8 else group,
             symmetric=count == 8,
@@ -186,10 +186,3 @@ def round_weights(
         )
         layers[name] = Layer(weights, inputs.codes.get(name), smooth)
     return Quantized(layers)
-
-
-def _weight(module: Any, smooth: Array | None) -> Array:
-    weight: Array = module.weight.detach().numpy()
-    if smooth is None:
-        return weight
-    return weight * smooth.reshape(1, -1, *[1] * (weight.ndim - 2))

@@ -22,7 +22,7 @@ from ..runtime.errors import BadInput
 from ..runtime.plan import Call, Plan
 from .simulate import fake_quantize, quantizable, simulated
 from .table import bits_of, split
-from .weights import nearest
+from .weights import nearest, smoothed
 
 __all__ = ["Probe", "Sensitivity", "final_gains", "shrinkage"]
 
@@ -146,8 +146,7 @@ class Probe:
         weight = self.modules[name].weight.detach().numpy()
         if rows is not None:
             weight = weight[list(rows)]
-        if name in self.smooth:
-            weight = weight * self.smooth[name].reshape(1, -1, *[1] * (weight.ndim - 2))
+        weight = smoothed(weight, self.smooth.get(name))
         group = self.how.group if bits < 8 else 0
         how = self.how
         return nearest(

@@ -10,7 +10,7 @@ from typing import Any
 from ..model.model import Context, Model, Part
 from ..model.quantized import Quantized
 from ..runtime.errors import BadInput
-from ..runtime.progress import Progress
+from ..runtime.progress import Progress, within
 from . import compose, drift
 from .adaround import AdaRound, reconstruct
 from .calibrate import Calibration, Recorded, calibrate
@@ -45,7 +45,7 @@ class Quantize:
     """Weights of a row that share a scale, at less than 8 bits; 0: a whole row."""
     rounding: str = "gptq"
     """nearest; gptq: later weights of a row make up for the earlier, but for 8 bits of large parts; adaround: the
-    denoiser's blocks then learn theirs, in many times the time and for little (results/rounding.json)."""
+    denoiser's blocks then learn theirs, in many times the time."""
     smooth: bool = True
     """Even out channels of inputs where that earns its multiplication."""
     correct: bool = False
@@ -74,7 +74,7 @@ class Quantize:
             samples=self.samples or None, timesteps=self.timesteps, prompts=self.prompts, seed=ctx.seed
         )
         share = 0.5 / max(len(schemes), 1)  # recording takes about as long as all the rest together
-        recorded = yield from _scaled(calibrate(model, ctx.plan, how, ctx.store), 0.0, 0.5)
+        recorded = yield from within(calibrate(model, ctx.plan, how, ctx.store), 0.0, 0.5)
         parts = {}
         for number, (name, scheme) in enumerate(schemes.items()):
             begin = 0.5 + share * number
@@ -82,7 +82,7 @@ class Quantize:
             if not names:
                 continue
             job = self._part(model, model.parts[name], names, scheme, recorded, ctx)
-            quantized = yield from _scaled(job, begin, begin + share)
+            quantized = yield from within(job, begin, begin + share)
             parts[name] = replace(model.parts[name], quantized=quantized)
         return model.after(self, parts)
 
@@ -154,18 +154,6 @@ def _cases(part: Part, recorded: Recorded) -> dict[str, dict[str, Any]]:
     held, steps = recorded.held_out(part.name), recorded.steps_held_out(part.name)
     picked = range(0, len(held), max(1, len(held) // CASES))
     return {f"held out, call {steps[i] + 1}": dict(held[i]) for i in picked}
-
-
-def _scaled(work: Generator[Progress, None, Any], begin: float, end: float) -> Generator[Progress, None, Any]:
-    """The same work, its fractions within a part of the whole. Work inside counts anew; what is shown never falls."""
-    last = begin
-    while True:
-        try:
-            event = next(work)
-        except StopIteration as stop:
-            return stop.value
-        last = max(last, begin + (end - begin) * (event.fraction or 0.0))
-        yield replace(event, fraction=last)
 
 
 def _check_patterns(patterns: tuple[str, ...], model: Model) -> None:

@@ -20,7 +20,7 @@ from ..model.libraries import torch
 from ..model.model import Part
 from ..model.quantized import Activations, Array, Layer, Quantized
 from .simulate import fake_quantize
-from .weights import lowest_code
+from .weights import lowest_code, smoothed
 
 __all__ = ["KINDS", "Trainable", "listening"]
 
@@ -120,9 +120,7 @@ class Trainable:
     def _beside(self, module: Any, layer: Layer) -> Array:
         """[out, inner] in codes: the float weights, as near as they are without rounding to another code."""
         weights, codes = layer.weights, layer.weights.codes.astype(np.float32)
-        w = module.weight.detach().numpy().astype(np.float32)
-        if layer.smooth is not None:
-            w = w * layer.smooth[(slice(None), *[None] * (w.ndim - 2))]
+        w = smoothed(module.weight.detach().numpy().astype(np.float32), layer.smooth)
         step = weights.scale if weights.multiplier is None else weights.scale * weights.multiplier
         units = w.reshape(len(codes), weights.groups, -1) / step[:, :, None]
         if weights.zero is not None:

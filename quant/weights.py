@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..model.quantized import Weights
 from ..runtime.errors import BadInput
 
-__all__ = ["codes_on", "group_size", "nearest", "steps_of"]
+__all__ = ["codes_on", "group_size", "nearest", "smoothed", "steps_of"]
 
 Array = NDArray[Any]
 
@@ -85,6 +85,17 @@ def nearest(
         bits, np.empty(rows.shape, np.int8), scale, tuple(np.shape(weight)), zero=zero, multiplier=whole
     )
     return replace(empty, codes=codes_on(rows, empty))
+
+
+def smoothed(weight: Array, smooth: Array | None) -> Array:
+    """The weights whose input is divided by `smooth`: [in channels], counted over all groups of a convolution; None: as
+    they are.
+    """
+    if smooth is None:
+        return weight
+    groups, kernel = len(smooth) // weight.shape[1], [1] * (weight.ndim - 2)
+    times = smooth.reshape(groups, 1, -1, *kernel)
+    return (weight.reshape(groups, -1, *weight.shape[1:]) * times).reshape(weight.shape)
 
 
 def group_size(inner: int, group: int) -> int:

@@ -115,8 +115,8 @@ class Target:
         keys |= tables.pop("recipe", {})
         quality = dict(self.quality)
         for name, floors in tables.pop("quality", {}).items():
-            quality[name] = _table(Quality, floors, file, f"quality.{name}", over=quality.get(name))
-        recipe = _table(Recipe, keys, file, "recipe", over=self.recipe)
+            quality[name] = read_table(Quality, floors, file, f"quality.{name}", over=quality.get(name))
+        recipe = read_table(Recipe, keys, file, "recipe", over=self.recipe)
         for name in tables:
             if name not in recipe.passes:
                 raise BadInput(
@@ -155,11 +155,11 @@ def read_target(file: Path) -> Target:
     kinds = {"device": Device, "backend": Backend, "limits": Limits, "recipe": Recipe}
     known = {*kinds, "quality"}
     _same_keys(file, "top level", set(tables), known, known - {"recipe"})
-    read = {name: _table(kind, tables.get(name, {}), file, name) for name, kind in kinds.items()}
+    read = {name: read_table(kind, tables.get(name, {}), file, name) for name, kind in kinds.items()}
     floors = tables["quality"]
     if not isinstance(floors, Mapping):
         raise BadInput(f"{file}: quality is {floors!r}", expected="a table [quality.float32]")
-    quality = {name: _table(Quality, table, file, f"quality.{name}") for name, table in floors.items()}
+    quality = {name: read_table(Quality, table, file, f"quality.{name}") for name, table in floors.items()}
     target = Target(file.stem, **read, quality=quality)
     _check(target, file)
     return target
@@ -193,13 +193,11 @@ def _read(file: Path) -> dict[str, Any]:
         raise BadInput(f"{file} is not valid TOML: {error}", fix="correct that line") from None
 
 
-def read_table(kind: type, data: Any, where: Path | str, name: str, over: Any = None) -> Any:
-    """Plain data, of TOML for instance, as the dataclass `kind`. Raises BadInput naming the keys at fault."""
-    return _table(kind, data, where, name, over)
+def read_table(kind: type, data: Any, file: Path | str, name: str, over: Any = None) -> Any:
+    """One table, of TOML for instance, as the dataclass `kind`. Raises BadInput naming the keys at fault.
 
-
-def _table(kind: type, data: Any, file: Path | str, name: str, over: Any = None) -> Any:
-    """One table as a dataclass; `over` gives the values of keys that are absent."""
+    over  gives the values of keys that are absent
+    """
     if not isinstance(data, Mapping):
         raise BadInput(f"{file}: {name} is {data!r}", expected=f"a table [{name}]")
     fields = {item.name: item for item in dataclasses.fields(kind)}

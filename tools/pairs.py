@@ -158,8 +158,8 @@ def open_artist(
 def _original(source: Path, stand_in: Bundle) -> Pipeline:
     """The torch modules of a checkpoint in the place of a bundle's graphs."""
     with needs("export"):
-        from ..export.gate import reference
         from ..model import Part, load
+        from ..model.trajectories import run_part
 
         model = load(source)
     manifest = stand_in.manifest
@@ -175,7 +175,7 @@ def _original(source: Path, stand_in: Bundle) -> Pipeline:
         part: Part
 
         def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-            every = reference(self.part, feeds)
+            every = run_part(self.part, feeds)
             return {name: every[name] for name in outputs or every}
 
         def close(self) -> None:

@@ -5,6 +5,7 @@ import pytest
 from fewstep.export import clean, gate
 from fewstep.export import onnx as lowering
 from fewstep.model import Model
+from fewstep.model.trajectories import run_part
 from fewstep.runtime.errors import CheckpointError
 
 from .conftest import LINEAR, Pixels, torch
@@ -30,7 +31,7 @@ def traced(part):
 def check(part, spec, file):
     tried = gate.cases(part, few=False)
     got = gate.run_graph(file, spec, list(tried.values()))
-    return gate.compare("unet", list(tried), [gate.reference(part, case) for case in tried.values()], got)
+    return gate.compare("unet", list(tried), [run_part(part, case) for case in tried.values()], got)
 
 
 def test_a_lowered_part_computes_what_torch_computes_at_every_size(part, traced, tmp_path):

@@ -9,12 +9,12 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 onnx = pytest.importorskip("onnx", reason="needs the export extra")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the onnx extra")
 
-from fewstep.export import gate  # noqa: E402
 from fewstep.export import onnx as writer  # noqa: E402
 from fewstep.export.packing import planes  # noqa: E402
 from fewstep.export.qdq import HEXAGON, PORTABLE, TENSORRT  # noqa: E402
 from fewstep.model.model import Example, Part  # noqa: E402
 from fewstep.model.quantized import Activations, Layer, Quantized, Weights  # noqa: E402
+from fewstep.model.trajectories import run_part  # noqa: E402
 from fewstep.quant.simulate import quantizable, simulated  # noqa: E402
 from fewstep.runtime.errors import BadInput, CheckpointError  # noqa: E402
 from fewstep.runtime.manifest import TensorSpec  # noqa: E402
@@ -101,7 +101,7 @@ def described(part, how, inputs=None) -> Part:
 
     found = quantizable(part)
     hooks = [module.register_forward_pre_hook(see(name)) for name, module in found.items()]
-    gate.reference(part, part.example.feeds(part.inputs, part.example.default_sizes(), 0))
+    run_part(part, part.example.feeds(part.inputs, part.example.default_sizes(), 0))
     for hook in hooks:
         hook.remove()
     layers = {}
@@ -156,7 +156,7 @@ def compared(part, folder, *, convention=None, optimized=None, traced=None, opse
     for sizes in (part.example.default_sizes(), part.example.other_sizes()):
         feeds = part.example.feeds(part.inputs, sizes, 1)
         with simulated(part):
-            right = gate.reference(part, feeds)
+            right = run_part(part, feeds)
         for (name, wanted), got in zip(
             right.items(), run(folder / "model.onnx", feeds, level, optimized), strict=True
         ):
@@ -301,7 +301,7 @@ def test_hexagon_rounds_inputs_to_16_bits(bits, tmp_path):
     writer.write_graph(writer.trace(part), tmp_path, opset=OPSET, convention=HEXAGON)
     feeds = part.example.feeds(part.inputs, part.example.default_sizes(), 0)  # of which the ranges are
     with simulated(part, inputs=False):
-        right = gate.reference(part, feeds)
+        right = run_part(part, feeds)
     got = run(tmp_path / "model.onnx", feeds, AS_IT_IS)
     found = {name: snr(wanted, value) for (name, wanted), value in zip(right.items(), got, strict=True)}
     assert not low(found, 60)  # with 8 bits it is 45
@@ -391,7 +391,7 @@ def test_everything_else_of_a_description(small, tmp_path):
     feeds = still.example.feeds(still.inputs, {"batch": 5, "height": 6, "width": 8}, 1)
     feeds["timestep"] = np.array([0, 100, 250, 650, 999], np.float32)  # before, on, between, between, after
     with simulated(still):
-        right = gate.reference(still, feeds)["y"]
+        right = run_part(still, feeds)["y"]
     assert snr(right, run(tmp_path / "model.onnx", feeds)[0]) > EXACT_DB
     once = replace(quantized, drift=(times[:1], quantized.drift[1][:1]), layers={})
     assert not low(compared(replace(part, quantized=once), tmp_path), EXACT_DB)

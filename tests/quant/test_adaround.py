@@ -19,6 +19,8 @@ from fewstep.quant.weights import nearest
 from fewstep.runtime.errors import BadInput
 from fewstep.runtime.manifest import TensorSpec
 
+from .work import finish
+
 QUICK = AdaRound(iterations=120, batch=16, rate=0.03)
 
 
@@ -70,15 +72,6 @@ def rounded(part, bits=3, **form):
         n: Layer(nearest(m.weight.detach().numpy(), bits, **form)) for n, m in quantizable(part).items()
     }
     return Quantized({n: layer for n, layer in layers.items() if n != "idle"})
-
-
-def finish(generator):
-    seen = []
-    while True:
-        try:
-            seen.append(next(generator))
-        except StopIteration as end:
-            return end.value, seen
 
 
 def error(part, quantized, batches):

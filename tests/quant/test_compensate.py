@@ -13,6 +13,8 @@ from fewstep.quant.weights import nearest
 from fewstep.runtime.errors import BadInput
 from fewstep.runtime.manifest import TensorSpec
 
+from .work import finish
+
 
 class Net(torch.nn.Module):
     """Convolutions, a depthwise one among them, and a Linear that is registered first and runs last."""
@@ -49,15 +51,6 @@ def rounded(part, bits=4):
     return Quantized(
         {n: Layer(nearest(m.weight.detach().numpy(), bits)) for n, m in quantizable(part).items()}
     )
-
-
-def finish(generator):
-    seen = []
-    while True:
-        try:
-            seen.append(next(generator))
-        except StopIteration as end:
-            return end.value, seen
 
 
 def error(part, quantized, batches):

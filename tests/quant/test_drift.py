@@ -16,6 +16,8 @@ from fewstep.quant.weights import nearest  # noqa: E402
 from fewstep.runtime.errors import BadInput  # noqa: E402
 from fewstep.runtime.manifest import TensorSpec  # noqa: E402
 
+from .work import result  # noqa: E402
+
 CHANNELS = 4
 
 
@@ -33,14 +35,6 @@ class Small(torch.nn.Module):
         x = self.first(sample + timestep.reshape(-1, 1, 1, 1) / 1000)
         x = self.second(torch.nn.functional.silu(x))
         return self.last(torch.nn.functional.silu(x))
-
-
-def finished(generator):
-    while True:
-        try:
-            next(generator)
-        except StopIteration as end:
-            return end.value
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +105,7 @@ def test_shrunk_means_are_nearer_to_the_truth_than_means_over_many_trials():
 def test_corrected_biases_bring_the_mean_error_down_on_samples_never_seen(part, rounded):
     bias = part.module.last.bias.detach().numpy() + np.array([0.3, -0.2, 0.1, 0.05], np.float32)
     off = Quantized({**rounded.layers, "last": replace(rounded.layers["last"], bias=bias)})
-    fixed = finished(correct_biases(part, off, calls(0)))
+    fixed = result(correct_biases(part, off, calls(0)))
     fresh = calls(1)
     before, after = (np.square(mean_error(part, q, fresh).mean(axis=0)).sum() for q in (off, fixed))
     assert after < 0.05 * before
@@ -120,14 +114,14 @@ def test_corrected_biases_bring_the_mean_error_down_on_samples_never_seen(part, 
 def test_one_layer_alone_is_corrected_to_the_mean_of_its_float_output(part, rounded):
     only = Quantized({"last": rounded.layers["last"]})
     batch = calls(2, count=1)
-    fixed = finished(correct_biases(part, only, batch * 2))
+    fixed = result(correct_biases(part, only, batch * 2))
     np.testing.assert_allclose(mean_error(part, fixed, batch), 0, atol=1e-6)
 
 
 def test_in_order_every_layer_sees_what_is_corrected_before_it(part, rounded):
     batch = calls(3, count=1) * 2
     in_order, at_once = (
-        finished(correct_biases(part, rounded, batch, in_order=flag)) for flag in (True, False)
+        result(correct_biases(part, rounded, batch, in_order=flag)) for flag in (True, False)
     )
     assert np.abs(mean_error(part, in_order, batch)).max() < 1e-5
     assert np.abs(mean_error(part, at_once, batch)).max() > 1e-4
@@ -143,8 +137,8 @@ def test_biases_that_help_on_some_calls_and_harm_on_others_are_left_alone(part, 
     for number, batch in enumerate(batches):
         batch["sample"] += 9.0 if number < 3 else -9.0
     quantized = Quantized({"last": wide})
-    assert finished(correct_biases(part, quantized, batches)) is quantized
-    assert finished(correct_biases(part, quantized, batches[:3])).layers["last"] is not wide
+    assert result(correct_biases(part, quantized, batches)) is quantized
+    assert result(correct_biases(part, quantized, batches[:3])).layers["last"] is not wide
 
 
 def test_layers_without_a_bias_get_none():
@@ -155,7 +149,7 @@ def test_layers_without_a_bias_get_none():
     )
     quantized = Quantized({"0": Layer(nearest(module[0].weight.detach().numpy(), 3))})
     x = {"x": np.ones((4, 6), np.float32)}
-    assert finished(correct_biases(bare, quantized, [x, x])).layers["0"].bias is None
+    assert result(correct_biases(bare, quantized, [x, x])).layers["0"].bias is None
 
 
 def test_drift_is_the_offset_that_was_put_there(part):
@@ -163,17 +157,17 @@ def test_drift_is_the_offset_that_was_put_there(part):
     weights = nearest(part.module.last.weight.detach().numpy(), 8)
     bias = part.module.last.bias.detach().numpy() + offset
     shifted = Quantized({"last": Layer(weights, bias=bias)})
-    times, means = finished(measure_drift(part, shifted, calls(4)))
+    times, means = result(measure_drift(part, shifted, calls(4)))
     assert times.tolist() == [100, 500, 900]
     np.testing.assert_allclose(means, np.tile(offset, (3, 1)), atol=2e-3)
 
 
 def test_drift_taken_off_lowers_the_error_on_samples_never_seen(part, rounded):
-    drifting = with_drift(rounded, finished(measure_drift(part, rounded, calls(5, count=9))))
+    drifting = with_drift(rounded, result(measure_drift(part, rounded, calls(5, count=9))))
     fresh = calls(6, count=9)
     before, after = (np.square(mean_error(part, q, fresh)).sum() for q in (rounded, drifting))
     assert after < 0.05 * before
-    again = finished(measure_drift(part, drifting, calls(5, count=9)))
+    again = result(measure_drift(part, drifting, calls(5, count=9)))
     np.testing.assert_array_equal(again[1], drifting.drift[1])
 
 
@@ -182,7 +176,7 @@ def test_under_guidance_drift_is_that_of_the_guided_output(part, rounded):
     batches = calls(7, count=3)
     bias = part.module.last.bias.detach().numpy() + np.array([0.3, -0.2, 0.1, 0.05], np.float32)
     rounded = Quantized({**rounded.layers, "last": replace(rounded.layers["last"], bias=bias)})
-    _, means = finished(measure_drift(part, rounded, batches * 2, guidance=scale))
+    _, means = result(measure_drift(part, rounded, batches * 2, guidance=scale))
     for batch, mean in zip(sorted(batches, key=lambda b: b["timestep"][0]), means, strict=True):
         right = run_part(part, batch)["out"]
         with simulated(part, rounded):
@@ -214,17 +208,17 @@ def test_an_error_without_a_mean_leaves_no_drift():
     flips = np.array([0.2, -0.2, 0.2, -0.2], np.float32)  # rounds to 0: the error is its opposite
     sample = np.tile(flips[:, None, None, None], (1, CHANNELS, 2, 2))
     batch = {"sample": np.concatenate([sample, -sample]), "timestep": np.full(8, 500, np.float32)}
-    drift = finished(measure_drift(part, quantized, [batch]))
+    drift = result(measure_drift(part, quantized, [batch]))
     assert with_drift(quantized, drift).drift is None
 
 
 def test_drift_needs_calls_with_a_timestep(part, rounded):
     with pytest.raises(BadInput, match="timestep"):
-        finished(measure_drift(part, rounded, []))
+        result(measure_drift(part, rounded, []))
 
 
 def test_an_output_that_is_not_finite_names_its_layer(part, rounded):
     batch = calls(8, count=1)[0]
     batch["sample"][0, 0, 0, 0] = np.nan
     with pytest.raises(BadInput, match="first"):
-        finished(correct_biases(part, rounded, [batch]))
+        result(correct_biases(part, rounded, [batch]))

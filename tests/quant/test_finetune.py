@@ -17,6 +17,8 @@ from fewstep.quant.weights import nearest  # noqa: E402
 from fewstep.runtime.errors import BadInput  # noqa: E402
 from fewstep.runtime.manifest import TensorSpec  # noqa: E402
 
+from .work import finish  # noqa: E402
+
 CHANNELS = 4
 
 
@@ -76,15 +78,6 @@ def calls(count=16, rows=4, seed=0):
         }
         for i in range(count)
     ]
-
-
-def finished(generator):
-    notes = []
-    while True:
-        try:
-            notes.append(next(generator))
-        except StopIteration as end:
-            return end.value, notes
 
 
 def outputs(part, quantized, batch):
@@ -193,7 +186,7 @@ def test_a_weight_begins_beside_its_code_on_the_side_of_the_float_weight():
 
 
 def test_training_halves_the_error_on_calls_never_seen(part, rounded, tmp_path):
-    trained, notes = finished(finetune(part, rounded, calls(), Finetune(steps=150, batch=8), tmp_path))
+    trained, notes = finish(finetune(part, rounded, calls(), Finetune(steps=150, batch=8), tmp_path))
     fresh = calls(4, seed=9)
     assert error(part, trained, fresh) < 0.5 * error(part, rounded, fresh)
     assert notes[-1].fraction == 1.0
@@ -203,25 +196,25 @@ def test_training_halves_the_error_on_calls_never_seen(part, rounded, tmp_path):
 
 def test_a_job_cut_off_ends_with_the_same_bits(part, rounded, tmp_path):
     how = Finetune(steps=30, batch=8, calls=2, stages=("time_emb", ""), save_every=7)
-    whole, _ = finished(finetune(part, rounded, calls(), how, tmp_path / "whole"))
+    whole, _ = finish(finetune(part, rounded, calls(), how, tmp_path / "whole"))
     for stop in (1, 3, 5):
         running = finetune(part, rounded, calls(), how, tmp_path / "cut")
         for _ in range(stop):
             next(running)
         del running  # nothing it would do at its end reaches the disk
-    again, _ = finished(finetune(part, rounded, calls(), how, tmp_path / "cut"))
+    again, _ = finish(finetune(part, rounded, calls(), how, tmp_path / "cut"))
     equal(whole, again)
 
 
 def test_other_settings_do_not_go_on_with_a_checkpoint(part, rounded, tmp_path):
-    finished(finetune(part, rounded, calls(), Finetune(steps=12, batch=4), tmp_path))
-    finished(finetune(part, rounded, calls(), Finetune(steps=12, batch=4, seed=1), tmp_path))
-    finished(finetune(part, rounded, calls(seed=3), Finetune(steps=12, batch=4), tmp_path))
+    finish(finetune(part, rounded, calls(), Finetune(steps=12, batch=4), tmp_path))
+    finish(finetune(part, rounded, calls(), Finetune(steps=12, batch=4, seed=1), tmp_path))
+    finish(finetune(part, rounded, calls(seed=3), Finetune(steps=12, batch=4), tmp_path))
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_stage_trains_its_layers_alone(part, rounded, tmp_path):
-    trained, _ = finished(
+    trained, _ = finish(
         finetune(part, rounded, calls(), Finetune(steps=60, batch=8, stages=("inner",), rate=0.05), tmp_path)
     )
     assert (trained.layers["inner"].weights.codes != rounded.layers["inner"].weights.codes).any()
@@ -232,7 +225,7 @@ def test_a_stage_trains_its_layers_alone(part, rounded, tmp_path):
 
 def test_what_did_not_help_is_not_taken(part, rounded, tmp_path):
     how = Finetune(steps=3, batch=4, rate=30.0, step_rate=3.0)
-    kept, notes = finished(finetune(part, rounded, calls(), how, tmp_path))
+    kept, notes = finish(finetune(part, rounded, calls(), how, tmp_path))
     assert "after" in notes[-1].note
     np.testing.assert_array_equal(outputs(part, kept, calls()[0]), outputs(part, rounded, calls()[0]))
 
@@ -249,8 +242,8 @@ def test_layers_outputs_can_be_part_of_the_loss(part, rounded, tmp_path):
 
     fresh = calls(1, seed=9)[0]
     how = Finetune(steps=100, batch=8)
-    alone, _ = finished(finetune(part, rounded, calls(), how, tmp_path))
-    beside, _ = finished(finetune(part, rounded, calls(), replace(how, layer_loss=1.0), tmp_path))
+    alone, _ = finish(finetune(part, rounded, calls(), how, tmp_path))
+    beside, _ = finish(finetune(part, rounded, calls(), replace(how, layer_loss=1.0), tmp_path))
     assert inner(beside) < inner(alone)
 
 
@@ -263,14 +256,14 @@ def test_guided_halves_lower_the_error_of_the_guided_output(part, rounded, tmp_p
         return found
 
     how = Finetune(steps=150, batch=8, guidance=3.0)
-    trained, _ = finished(finetune(part, rounded, calls(), how, tmp_path))
+    trained, _ = finish(finetune(part, rounded, calls(), how, tmp_path))
     assert guided(trained) < 0.5 * guided(rounded)
 
 
 def test_divergence_is_an_error_and_the_last_good_state_stays(part, rounded, tmp_path):
     good = Finetune(steps=10, batch=4, save_every=2, float_rate=1e30)
     with pytest.raises(BadInput, match="diverged") as error:
-        finished(finetune(part, rounded, calls(), good, tmp_path))
+        finish(finetune(part, rounded, calls(), good, tmp_path))
     assert "rates" in error.value.fix
     for path in tmp_path.iterdir():
         state = torch.load(path, weights_only=True)
@@ -288,7 +281,7 @@ def test_calls_that_are_not_finite_are_refused(part, rounded, tmp_path):
 
 def test_a_stage_without_layers_is_refused(part, rounded, tmp_path):
     with pytest.raises(BadInput, match="ff.net.2"):
-        finished(finetune(part, rounded, calls(), Finetune(steps=2, stages=QUEST), tmp_path))
+        finish(finetune(part, rounded, calls(), Finetune(steps=2, stages=QUEST), tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from fewstep.quant.simulate import fake_quantize  # noqa: E402
 from fewstep.runtime.errors import BadInput  # noqa: E402
 from fewstep.runtime.manifest import TensorSpec  # noqa: E402
 
+from .work import result  # noqa: E402
+
 
 class Net(torch.nn.Module):
     def __init__(self):
@@ -29,14 +31,6 @@ def part(module=None):
     return Part(
         "net", module or Net().eval(), inputs, (TensorSpec("y", "float32", ("batch", 2)),), Example({})
     )
-
-
-def result(generator):
-    try:
-        while True:
-            next(generator)
-    except StopIteration as stop:
-        return stop.value
 
 
 def seen_of(arrays, steps=None, names=("conv",), net=None, **options):

@@ -15,6 +15,8 @@ from fewstep.runtime import DiscreteVP, plan  # noqa: E402
 from fewstep.runtime.errors import BadInput, GateFailed  # noqa: E402
 from fewstep.targets import load_target  # noqa: E402
 
+from .work import finish  # noqa: E402
+
 LINEAR = DiscreteVP.from_schedule("linear", 1e-4, 0.02, 1000)
 
 
@@ -49,13 +51,7 @@ def context(tmp_path):
 
 
 def quantized(model, context, **fields):
-    work = Quantize(**fields)(model, context)
-    events = []
-    try:
-        while True:
-            events.append(next(work))
-    except StopIteration as stop:
-        return stop.value, events
+    return finish(Quantize(**fields)(model, context))
 
 
 def only(model):

@@ -20,20 +20,14 @@ from fewstep.runtime.manifest import TensorSpec
 from fewstep.runtime.plan import plan
 from fewstep.runtime.process import DiscreteVP, RectifiedFlow
 
+from .work import result
+
 WIDTH = 24
 
 
 def codes_of_range(low, high, bits):
     scale = (high - low) / (2**bits - 1)
     return Activations(scale, round(-low / scale), bits)
-
-
-def finished(work):
-    while True:
-        try:
-            next(work)
-        except StopIteration as stop:
-            return stop.value
 
 
 def noted(work, notes):
@@ -100,7 +94,7 @@ CODES = {name: {8: codes_of_range(-4, 4, 8), 4: codes_of_range(-4, 4, 4)} for na
 
 def test_the_noise_of_a_linear_network_is_that_of_its_matrices(chain, rng, tmp_path):
     fed = batches(rng)
-    t = finished(sensitivity(chain, fed, [0, 3], CODES, Sensitivity(mode="exact"), tmp_path))
+    t = result(sensitivity(chain, fed, [0, 3], CODES, Sensitivity(mode="exact"), tmp_path))
     assert (t.mode, t.layers, t.steps, t.weights) == ("exact", ("first", "second"), (0, 3), (576, 576))
     first, second = (
         layer.weight.detach().double().numpy() for layer in (chain.module.first, chain.module.second)
@@ -127,7 +121,7 @@ def test_the_noise_of_a_linear_network_is_that_of_its_matrices(chain, rng, tmp_p
 def test_errors_of_two_layers_add_in_squares(chain, rng, tmp_path):
     fed = batches(rng, count=1, rows=256)
     how = Sensitivity(mode="exact", samples=256)
-    t = finished(sensitivity(chain, fed, [0], CODES, how, tmp_path))
+    t = result(sensitivity(chain, fed, [0], CODES, how, tmp_path))
     probe = Probe.of(chain, fed, [0], CODES, how)
     with (
         probe.rounded("first", "w4", probe.weights("first", 4)),
@@ -143,7 +137,7 @@ def test_the_module_is_as_it_was_afterwards(chain, rng, tmp_path):
     fed = batches(rng)
     before = [p.detach().clone() for p in chain.module.parameters()]
     for mode in ("exact", "local"):
-        finished(sensitivity(chain, fed, [0, 1], CODES, Sensitivity(mode=mode), tmp_path))
+        result(sensitivity(chain, fed, [0, 1], CODES, Sensitivity(mode=mode), tmp_path))
     for old, new in zip(before, chain.module.parameters(), strict=True):
         assert torch.equal(old, new)
         assert new.requires_grad
@@ -155,8 +149,8 @@ def test_local_noise_is_exact_noise_where_the_network_is_linear(chain, rng, tmp_
     fed = batches(rng, count=1, rows=512)
     exact = Sensitivity(mode="exact", samples=512)
     local = Sensitivity(mode="local", samples=512, rows=512)
-    right = finished(sensitivity(chain, fed, [0], CODES, exact, tmp_path))
-    got = finished(sensitivity(chain, fed, [0], CODES, local, tmp_path))
+    right = result(sensitivity(chain, fed, [0], CODES, exact, tmp_path))
+    got = result(sensitivity(chain, fed, [0], CODES, local, tmp_path))
     # the last layer's gain is known but for the spread of v^2; the first's assumes that errors have no direction
     assert 10 * np.log10(got.nsr[1] / right.nsr[1]) == pytest.approx(np.zeros((5, 1)), abs=0.5)
     assert 10 * np.log10(got.nsr[0] / right.nsr[0]) == pytest.approx(np.zeros((5, 1)), abs=1.5)
@@ -167,7 +161,7 @@ def test_some_output_channels_stand_for_all(rng, tmp_path):
     fed = batches(rng, count=1, rows=64)
     how = {"options": ("w8", "w4"), "mode": "local", "samples": 64}
     every, some = (
-        finished(sensitivity(wide, fed, [0], {}, Sensitivity(**how, channels=count), tmp_path))
+        result(sensitivity(wide, fed, [0], {}, Sensitivity(**how, channels=count), tmp_path))
         for count in (600, 100)
     )
     assert 10 * np.log10(some.nsr / every.nsr) == pytest.approx(np.zeros((1, 2, 1)), abs=0.5)
@@ -190,7 +184,7 @@ def test_local_rows_are_what_convolutions_and_embeddings_see(doubled, rng, tmp_p
     how = {"samples": rows, "rows": 4000, "options": ("w8", "w4", "w3")}
     probe = Probe.of(network, fed, [0], {}, Sensitivity(**how), plan=table, guidance=guidance)
     tables = [
-        finished(sensitivity(network, fed, [0], {}, Sensitivity(mode=mode, **how), tmp_path / mode))
+        result(sensitivity(network, fed, [0], {}, Sensitivity(mode=mode, **how), tmp_path / mode))
         for mode in ("exact", "local")
     ]
     assert len(probe.reference[0]) == (rows // 2 if doubled else rows)
@@ -211,7 +205,7 @@ def test_guidance_is_applied_before_errors_are_squared(rng):
 
 def test_a_job_that_was_cut_off_ends_where_it_would_have(chain, rng, tmp_path):
     fed = batches(rng)
-    whole = finished(sensitivity(chain, fed, [0, 1], CODES, Sensitivity(mode="exact"), tmp_path / "whole"))
+    whole = result(sensitivity(chain, fed, [0, 1], CODES, Sensitivity(mode="exact"), tmp_path / "whole"))
     job = sensitivity(chain, fed, [0, 1], CODES, Sensitivity(mode="exact"), tmp_path / "again")
     while not next(job).note.startswith("second"):
         pass
@@ -220,22 +214,22 @@ def test_a_job_that_was_cut_off_ends_where_it_would_have(chain, rng, tmp_path):
     assert list(json.loads(kept.read_text())) == ["first"]
     events = []
     job = sensitivity(chain, fed, [0, 1], CODES, Sensitivity(mode="exact"), tmp_path / "again")
-    again = finished(noted(job, events))
+    again = result(noted(job, events))
     assert np.array_equal(again.nsr, whole.nsr)
     assert not any(note.startswith("first") for note in events)
     # other weights, other work
     with torch.no_grad():
         chain.module.first.weight += 1
-    other = finished(sensitivity(chain, fed, [0, 1], CODES, Sensitivity(mode="exact"), tmp_path / "again"))
+    other = result(sensitivity(chain, fed, [0, 1], CODES, Sensitivity(mode="exact"), tmp_path / "again"))
     assert not np.array_equal(other.nsr, whole.nsr)
 
 
 def test_a_kept_file_that_is_damaged_counts_as_none(chain, rng, tmp_path):
     fed = batches(rng)
-    whole = finished(sensitivity(chain, fed, [0, 1], CODES, Sensitivity(mode="exact"), tmp_path))
+    whole = result(sensitivity(chain, fed, [0, 1], CODES, Sensitivity(mode="exact"), tmp_path))
     [kept] = tmp_path.glob("*.json")
     kept.write_text("{")
-    again = finished(sensitivity(chain, fed, [0, 1], CODES, Sensitivity(mode="exact"), tmp_path))
+    again = result(sensitivity(chain, fed, [0, 1], CODES, Sensitivity(mode="exact"), tmp_path))
     assert np.array_equal(again.nsr, whole.nsr)
 
 
@@ -244,11 +238,11 @@ def test_smoothing_is_part_of_what_is_measured(chain, rng, tmp_path):
     fed[0]["sample"][:, 0] *= 50
     codes = {"first": {4: codes_of_range(-150, 150, 4)}}
     how = Sensitivity(options=("a4",), mode="exact")
-    plain = finished(sensitivity(chain, fed, [0, 1], codes, how, tmp_path))
+    plain = result(sensitivity(chain, fed, [0, 1], codes, how, tmp_path))
     smooth = np.ones(WIDTH, np.float32)
     smooth[0] = 50
     finer = {"first": {4: codes_of_range(-4, 4, 4)}}
-    eased = finished(sensitivity(chain, fed, [0, 1], finer, how, tmp_path, smooth={"first": smooth}))
+    eased = result(sensitivity(chain, fed, [0, 1], finer, how, tmp_path, smooth={"first": smooth}))
     # the batch without an outlier has to do with its scale
     assert eased.nsr[0, 0, 1] < 0.1 * plain.nsr[0, 0, 1]
     assert np.isnan(eased.nsr[1]).all()  # nothing is known of its input
@@ -258,18 +252,18 @@ def test_smoothing_is_part_of_what_is_measured(chain, rng, tmp_path):
 @pytest.mark.parametrize("bad", ["w4a8", "float", "w9", "a", ""])
 def test_only_single_options_can_be_measured(chain, rng, tmp_path, bad):
     with pytest.raises(BadInput, match="option"):
-        finished(sensitivity(chain, batches(rng), [0, 1], CODES, Sensitivity(options=(bad,)), tmp_path))
+        result(sensitivity(chain, batches(rng), [0, 1], CODES, Sensitivity(options=(bad,)), tmp_path))
 
 
 def test_bad_input_says_what_is_wrong(chain, rng, tmp_path):
     with pytest.raises(BadInput, match="no recorded inputs of net"):
-        finished(sensitivity(chain, [], [], CODES, Sensitivity(), tmp_path))
+        result(sensitivity(chain, [], [], CODES, Sensitivity(), tmp_path))
     with pytest.raises(BadInput, match="mode 'quick'"):
-        finished(sensitivity(chain, batches(rng), [0, 1], CODES, Sensitivity(mode="quick"), tmp_path))
+        result(sensitivity(chain, batches(rng), [0, 1], CODES, Sensitivity(mode="quick"), tmp_path))
     broken = batches(rng)
     broken[1]["sample"][0, 0] = np.nan
     with pytest.raises(BadInput, match="net puts out NaN"):
-        finished(sensitivity(chain, broken, [0, 1], CODES, Sensitivity(), tmp_path))
+        result(sensitivity(chain, broken, [0, 1], CODES, Sensitivity(), tmp_path))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "score"])
@@ -321,7 +315,7 @@ def test_a_real_networks_table_covers_every_step_and_guided_halves(tiny_sd, tmp_
     table = plan("ddim", 2, model.process, prediction=model.prediction, grid=model.grid)
     [run] = trajectories(model, table, [0], prompts=["a cat"], guidance=5.0)
     how = Sensitivity(options=("w3",), mode="local", samples=1, rows=16)
-    t = finished(sensitivity(unet, run.calls, [0, 1], {}, how, tmp_path, plan=table, guidance=5.0))
+    t = result(sensitivity(unet, run.calls, [0, 1], {}, how, tmp_path, plan=table, guidance=5.0))
     assert t.nsr.shape == (len(t.layers), 1, 2)
     assert np.all(t.nsr > 0)
     assert t.predicted(dict.fromkeys(t.layers, "w3")) > 1e-4
@@ -331,7 +325,7 @@ def test_a_real_networks_table_covers_every_step_and_guided_halves(tiny_sd, tmp_
 def test_a_table_survives_json_and_lists_every_cell_as_csv(chain, rng, tmp_path):
     codes = {"first": {8: Activations(0.1, 128)}}
     how = Sensitivity(options=("w4", "a8"), mode="exact")
-    t = finished(sensitivity(chain, batches(rng), [0, 2], codes, how, tmp_path))
+    t = result(sensitivity(chain, batches(rng), [0, 2], codes, how, tmp_path))
     back = Table.from_json(json.loads(json.dumps(t.to_json(), allow_nan=False)))
     assert back.nsr == pytest.approx(t.nsr, rel=2e-5, nan_ok=True)
     assert (back.layers, back.steps, back.macs, back.weights) == (t.layers, t.steps, t.macs, t.weights)

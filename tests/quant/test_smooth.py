@@ -14,6 +14,8 @@ from fewstep.quant.smooth import shared_inputs, smoothing, splits, trials  # noq
 from fewstep.quant.weights import nearest  # noqa: E402
 from fewstep.runtime.manifest import TensorSpec  # noqa: E402
 
+from .work import result  # noqa: E402
+
 
 class Skip(torch.nn.Module):
     """A shortcut over a concatenation of two tensors of very different size, whose weights make up for it."""
@@ -41,14 +43,6 @@ def batch(seed, ratio=60.0):
     rng = np.random.default_rng(seed)
     small, large = (rng.standard_normal((4, size, 8, 8)).astype(np.float32) for size in (4, 8))
     return {"small": small, "large": large * np.float32(ratio)}
-
-
-def result(generator):
-    try:
-        while True:
-            next(generator)
-    except StopIteration as stop:
-        return stop.value
 
 
 def output_db(net, quantized, feeds):
