@@ -21,7 +21,7 @@ from ..runtime.plan import Plan
 from .libraries import quiet, torch, transformers
 from .model import Model, Part
 
-__all__ = ["PROMPTS", "Trajectory", "run_part", "text_inputs", "trajectories"]
+__all__ = ["PROMPTS", "Trajectory", "conditions_of", "run_part", "text_inputs", "trajectories"]
 
 Array = NDArray[Any]
 
@@ -66,12 +66,14 @@ def trajectories(
     labels: Sequence[int] = (),
     guidance: float | None = None,
     batch: int = 8,
+    calls: bool = True,
 ) -> Iterator[Trajectory]:
     """Run `plan` on the torch modules from every seed, a batch at a time, at the model's own size.
 
     prompts   sample i gets prompt i modulo their number; empty for PROMPTS where the model takes text
     labels    the same for class labels; empty for labels spread evenly
     guidance  None for the model's own scale
+    calls     whether to keep what the denoiser is fed, which may be much
     Seed, prompt and guidance alike, the latent is that of a Pipeline on the exported bundle, but for rounding.
     Raises BadInput for prompts or labels the model does not take, or a prompt too long for it.
     """
@@ -95,13 +97,26 @@ def trajectories(
             for inputs in (condition, nothing):
                 if inputs is not None and "observation" in network_inputs(spec):
                     inputs["observation"] = observation
-        session = _Recorder(part)
+        session = _Recorder(part, keep=calls)
         denoise = Denoiser(session, spec, condition, nothing, scale, observation)
         given = () if observation is None else (observation,)
         x = plan.start(latent, given)
         for step in plan.run(denoise, x, draw, given):
             x = step.x
         yield Trajectory(mine, about, texts, tuple(session.calls), x.astype(np.float32))
+
+
+def conditions_of(model: Model, subjects: Sequence[Any]) -> tuple[dict[str, Array], dict[str, Array] | None]:
+    """What the denoiser is fed beside sample and timestep for each prompt or label, by name in its order.
+
+    Returns [subjects, ...] arrays, and [1, ...] for nothing in particular; None where the model knows no nothing.
+    Raises BadInput for a prompt that is too long.
+    """
+    part = model.parts[model.denoiser]
+    spec = PartSpec("torch", "", part.inputs, part.outputs)
+    guided = model.guidance.kind != "none"
+    condition, nothing, _ = _condition(model, spec, subjects, _Encoder(model), guided=guided)
+    return condition, None if nothing is None else {name: array[:1] for name, array in nothing.items()}
 
 
 def text_inputs(model: Model, prompts: Sequence[str]) -> list[dict[str, Array]]:
@@ -125,9 +140,11 @@ class _Recorder:
 
     part: Part
     calls: list[Mapping[str, Array]] = field(default_factory=list)
+    keep: bool = True
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        self.calls.append({name: value.copy() for name, value in feeds.items()})
+        if self.keep:
+            self.calls.append({name: value.copy() for name, value in feeds.items()})
         return run_part(self.part, feeds)
 
     def close(self) -> None:

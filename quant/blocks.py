@@ -16,8 +16,8 @@ from ..model.fingerprint import fingerprint
 from ..model.libraries import torch
 from ..model.model import Part
 from ..model.quantized import Activations, Layer, Quantized
+from ..model.shards import read_shard, write_shard
 from ..model.trajectories import run_part
-from .recorded import read_shard, write_shard
 
 __all__ = ["KINDS", "Block", "Recording", "Store", "find_blocks", "record", "run_order"]
 

@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 
 from ..model.fingerprint import model_fingerprint
 from ..model.model import Model
+from ..model.shards import read_shard, write_shard
 from ..model.trajectories import PROMPTS, Trajectory, run_part, text_inputs, trajectories
 from ..runtime.errors import BadInput, FewstepError
 from ..runtime.files import output_errors
 from ..runtime.plan import Plan
 from ..runtime.progress import Progress
 from .calls import STEPS, TIMESTEPS, chosen_calls
-from .recorded import BATCH, Recorded, by_part, read_shard, rows_at_once, unscaled, write_shard
+from .recorded import BATCH, Recorded, by_part, rows_at_once, unscaled
 
 __all__ = ["TIMESTEPS", "Calibration", "Recorded", "calibrate", "chosen_calls"]
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..model.libraries import library
 from ..model.model import Model, Part
 from ..model.trajectories import text_inputs
-from ..runtime.files import atomic_write
 
-__all__ = ["BATCH", "Recorded", "by_part", "read_shard", "rows_at_once", "unscaled", "write_shard"]
+__all__ = ["BATCH", "Recorded", "by_part", "rows_at_once", "unscaled"]
 
 Array = NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -95,32 +91,3 @@ def by_part(
             some = fed[i : i + BATCH]
             inputs["text_encoder"].append({name: np.concatenate([f[name] for f in some]) for name in some[0]})
     return inputs, {name: steps if name == model.denoiser else [0] * len(fed) for name, fed in inputs.items()}
-
-
-def write_shard(file: Path, arrays: Mapping[str, Array]) -> None:
-    """Raises OutputError, and leaves nothing behind, where it cannot be written."""
-    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    save = library("safetensors.numpy").save
-    atomic_write(file, save(whole, metadata={"blake2b": _digest(whole)}))
-
-
-def read_shard(file: Path) -> dict[str, Array] | None:
-    """A shard, or None where there is none or it is damaged: it is made again then."""
-    if not file.exists():
-        return None
-    errors = library("safetensors").SafetensorError
-    try:
-        with library("safetensors").safe_open(str(file), framework="numpy") as opened:
-            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no mapping
-            said = (opened.metadata() or {}).get("blake2b")
-    except (errors, OSError, ValueError):
-        return None
-    return arrays if said == _digest(arrays) else None
-
-
-def _digest(arrays: Mapping[str, Array]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(arrays):
-        digest.update(repr((name, arrays[name].dtype.str, arrays[name].shape)).encode())
-        digest.update(np.ascontiguousarray(arrays[name]).data)
-    return digest.hexdigest()
