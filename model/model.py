@@ -118,6 +118,8 @@ class Context:
     """A folder that outlives a run that was cut off: what took long is kept there, by a key of all it came from. It
     goes away when the bundle stands."""
     seed: int = 0
+    teacher: Model | None = None
+    """The model before any pass: what passes that train learn from. None: the one they are given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +138,8 @@ class Model:
     sample: SampleSpec
     grid: GridSpec = GridSpec()  # noqa: RUF009 - frozen
     guidance: GuidanceSpec = GuidanceSpec()  # noqa: RUF009 - frozen
+    steps: int | None = None
+    """How many steps it was made for, where it was: few-step students."""
     classes: int | None = None
     """Number of class labels of a class-conditional model."""
     tokenizer: TokenizerFiles | None = None

@@ -197,6 +197,7 @@ def read_table(kind: type, data: Any, file: Path | str, name: str, over: Any = N
     """One table, of TOML for instance, as the dataclass `kind`. Raises BadInput naming the keys at fault.
 
     over  gives the values of keys that are absent
+    A field that is a dataclass itself is a table in the table, put over the field's default.
     """
     if not isinstance(data, Mapping):
         raise BadInput(f"{file}: {name} is {data!r}", expected=f"a table [{name}]")
@@ -210,7 +211,13 @@ def read_table(kind: type, data: Any, file: Path | str, name: str, over: Any = N
     }
     _same_keys(file, f"[{name}]", set(data), set(fields), needed)
     hints = get_type_hints(kind)
-    values = {key: _value(value, hints[key], f"{file}: [{name}] {key}") for key, value in data.items()}
+    values = {}
+    for key, value in data.items():
+        if dataclasses.is_dataclass(hints[key]):
+            default = fields[key].default if over is None else getattr(over, key)
+            values[key] = read_table(hints[key], value, file, f"{name}.{key}", over=default)
+        else:
+            values[key] = _value(value, hints[key], f"{file}: [{name}] {key}")
     return kind(**values) if over is None else replace(over, **values)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...runtime.errors import BadInput
+from ...runtime.files import output_errors
 from ...runtime.noise import Noise
 from ...runtime.plan import plan
 from ...runtime.progress import Progress
@@ -160,6 +161,8 @@ def prepare_samples(
     key = hashlib.blake2b(repr(said).encode(), digest_size=8).hexdigest()
     folder = store / f"latents-{key}"
     files = [folder / f"{k:05d}.safetensors" for k in range(-(-how.number // SHARD))]
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     teacher = _in_precision(model, how.precision)
     mine = [
         k for k in range(len(files)) if k % processes.world == processes.rank and read_shard(files[k]) is None

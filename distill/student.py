@@ -1,0 +1,195 @@
+"""What all distilling passes share: the teacher, the student, the run, and the model that comes out."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..model.fingerprint import model_fingerprint
+from ..model.libraries import diffusers, quiet
+from ..model.model import Context, Model, Part, Pass
+from ..model.schedulers import grid_of
+from ..model.training import (
+    Denoising,
+    Latents,
+    Lesson,
+    Processes,
+    Samples,
+    Trained,
+    Training,
+    prepare_samples,
+    train,
+)
+from ..runtime.errors import BadInput
+from ..runtime.progress import Progress, within
+
+__all__ = ["Setting", "few_step_scheduler", "lesson_key", "made", "networks_of", "taught", "teacher_of"]
+
+Module = Any
+
+DRAWN_SHARE = 0.25
+"""Of a pass's progress bar: the time that drawing the latents takes. A guess, for the bar alone."""
+DIGEST = 12
+"""Bytes of a lesson's key."""
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What a method has to work with when it writes its lesson."""
+
+    model: Model
+    """The student's model as it is given to the pass."""
+    denoising: Denoising
+    student: Module
+    """A copy of the model's denoiser, which the lesson may train."""
+    teacher: Module
+    """The teacher's denoiser; never trained."""
+    guidance: float
+    """The teacher's, 1 where it knows none."""
+    samples: Samples
+    key: str
+    """Of everything above and of the pass's fields."""
+
+
+def taught(
+    job: Pass,
+    model: Model,
+    ctx: Context,
+    latents: Latents,
+    training: Training,
+    lesson_of: Callable[[Setting], Lesson],
+    *,
+    stage: str,
+    guidance: float = 0.0,
+    student: Callable[[Module], Module] | None = None,
+) -> Generator[Progress, None, Trained]:
+    """Draw what is learned on with the teacher, write the lesson, train it.
+
+    guidance  of the teacher; 0 for the model's own
+    student   what is trained, made of a copy of the model's denoiser; the copy itself where None
+    Raises BadInput for a teacher that does not fit, and what `prepare_samples` and `train` raise.
+    """
+    teacher = teacher_of(model, ctx)
+    if guidance:
+        latents = replace(latents, guidance=guidance)
+    samples = yield from within(
+        prepare_samples(teacher, latents, ctx.store, Processes.found()), 0, DRAWN_SHARE
+    )
+    scale = (guidance or teacher.guidance.scale) if samples.nothing is not None else 1.0
+    network = copy.deepcopy(model.parts[model.denoiser].module)
+    setting = Setting(
+        model,
+        Denoising.of(model),
+        network if student is None else student(network),
+        teacher.parts[teacher.denoiser].module,
+        scale,
+        samples,
+        lesson_key(job, model, teacher, samples, ctx.seed),
+    )
+    how = replace(training, seed=training.seed + ctx.seed)
+    result = yield from within(train(lesson_of(setting), samples, how, ctx.store, stage), DRAWN_SHARE, 1.0)
+    return result
+
+
+def teacher_of(model: Model, ctx: Context) -> Model:
+    """Whom the student learns from. Raises BadInput where the two cannot be compared."""
+    teacher = model if ctx.teacher is None else ctx.teacher
+    mine, other = (_interface(one) for one in (model, teacher))
+    for what, found in mine.items():
+        if found != other[what]:
+            raise BadInput(
+                f"student {model.name} and teacher {teacher.name} differ in {what}: {found} and {other[what]}",
+                expected="a student of the same latents, noise and conditions",
+                fix="take the model that the student was made from as --teacher",
+            )
+    return teacher
+
+
+def _interface(model: Model) -> dict[str, Any]:
+    part = model.parts[model.denoiser]
+    return {
+        "task": model.task,
+        "inputs": [(spec.name, spec.shape) for spec in part.inputs],
+        "sample": model.sample,
+        "prediction": model.prediction,
+        "process": model.process.to_json(),
+        "classes": model.classes,
+    }
+
+
+def lesson_key(job: Pass, model: Model, teacher: Model, samples: Samples, seed: int) -> str:
+    """Letters that stand for all a training came from."""
+    digest = hashlib.blake2b(digest_size=DIGEST)
+    both = [model_fingerprint(one, [one.denoiser]) for one in (model, teacher)]
+    digest.update(repr((type(job).__name__, job, both, samples.key, seed)).encode())
+    return digest.hexdigest()
+
+
+def networks_of(trained: Trained) -> Module:
+    """The student's module as a part holds it."""
+    return trained.student
+
+
+def made(
+    job: Pass,
+    model: Model,
+    network: Module,
+    *,
+    scheduler: Mapping[str, Any] | None = None,
+    steps: int | None = None,
+    guided: bool = False,
+    prediction: str = "",
+    measured: Mapping[str, Any],
+) -> Model:
+    """The model with the student in it.
+
+    scheduler, steps  how it is to be drawn from now on; None leaves them
+    guided     whether it still needs guidance; False: guidance is in it
+    """
+    part: Part = replace(model.parts[model.denoiser], module=network)
+    done = model.after(job, {part.name: part}, **measured)
+    if not guided and model.guidance.kind != "none":
+        done = replace(done, guidance=replace(done.guidance, scale=1.0))
+    if scheduler is not None:
+        with quiet():
+            kind = getattr(diffusers(), scheduler["_class_name"])
+            grid = grid_of(kind.from_config(dict(scheduler)))
+        done = replace(done, scheduler=scheduler, grid=grid)
+    return replace(
+        done, steps=done.steps if steps is None else steps, prediction=prediction or done.prediction
+    )
+
+
+def few_step_scheduler(model: Model, name: str) -> dict[str, Any] | None:
+    """The config of a diffusers scheduler that draws a few-step student of the model.
+
+    name  LCMScheduler: leaps to clean data and back. DDIMScheduler: straight to the next time, trailing
+    None for a process that needs no other one: a rectified flow's Euler steps are DDIM's.
+    """
+    if model.process.to_json()["kind"] != "discrete_vp":
+        return None
+    own = dict(model.scheduler or _described(model))
+    more: dict[str, Any] = {"clip_sample": False, "thresholding": False, "set_alpha_to_one": True}
+    if name == "DDIMScheduler":
+        more["timestep_spacing"] = "trailing"  # the first call at the very end: noise and nothing else
+    with quiet():
+        kind = getattr(diffusers(), name)
+        config = kind.from_config({**own, **more}).config
+    return {"_class_name": name, **{key: value for key, value in config.items() if not key.startswith("_")}}
+
+
+def _described(model: Model) -> dict[str, Any]:
+    """The process of a model that never had a scheduler, in the words of diffusers."""
+    said = model.process.to_json()
+    predicted = {"prediction_type": model.prediction}
+    if "betas" in said:
+        return {"trained_betas": said["betas"], "num_train_timesteps": len(said["betas"]), **predicted}
+    names = {"beta_schedule": "beta_schedule", "beta_start": "beta_start", "beta_end": "beta_end"}
+    return {
+        "num_train_timesteps": said["levels"],
+        **predicted,
+        **{new: said[old] for new, old in names.items()},
+    }
