@@ -5,40 +5,30 @@ from __future__ import annotations
 import platform
 import shutil
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..distill.tiny_decoder import TinyDecoder
-from ..model import Context, Model, Pass, load
+from ..model import Context, Model, load
 from ..model.families import with_image_encoder
 from ..model.load import Summary, summarize
-from ..prune.upsampling import SplitUpsampling
-from ..quant.quantize import Quantize
 from ..runtime.backends import require
 from ..runtime.bundle import Bundle, BundleWriter
-from ..runtime.errors import BadInput
 from ..runtime.files import remove, temporary_name
 from ..runtime.manifest import Manifest, PartSpec, TokenizerSpec
 from ..runtime.plan import Plan, plan
 from ..runtime.process import DiscreteVP
-from ..runtime.progress import Progress, within
+from ..runtime.progress import Progress
 from ..runtime.times import check_steps, find_grid
-from ..targets import Target, load_target, read_table
+from ..targets import Target, load_target
 from . import child, gate, parts, preflight, sidefiles, speed
+from .passes import configured, run_passes, steps_of
 from .plans import plan_of, traced_sampler
 from .preflight import gib
 
 __all__ = ["Exported", "export_bundle"]
-
-PASSES: Mapping[str, type[Pass]] = {
-    "tiny_decoder": TinyDecoder,
-    "split_upsampling": SplitUpsampling,
-    "quantize": Quantize,
-}
-"""Name in a recipe -> the pass: a dataclass whose fields a table of that name sets."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +67,8 @@ def export_bundle(
     """Make a bundle of a model for a target; yields what it does and, at the end, Exported.
 
     source          what `model.load` takes, or a Model
-    steps           of the default plan; the target's recipe says how many otherwise
+    steps           of the default plan; otherwise what the recipe file says, what the model was made for, or what the
+                    target's recipe says
     sampler         a traced sampler by name; otherwise the recipe's, which usually is the model's own scheduler
     times           a time grid by name in place of the model's own, also for plans traced later; the sampler is then
                     a traced one, the nearest to the model's scheduler where none was asked for
@@ -94,13 +85,17 @@ def export_bundle(
     out = Path(out)
     device = load_target(target)
     if recipe is not None:
+        own = device.recipe.steps
         device = device.with_recipe(Path(recipe))
+        if steps is None and device.recipe.steps != own:
+            steps = (
+                device.recipe.steps
+            )  # said in so many words, so it goes before what the model was made for
     if quantize is not None:
         device = device.with_pass("quantize", scheme=quantize)
     require(device.backend.engine)
-    steps = device.recipe.steps if steps is None else steps
-    check_steps(steps)
-    _configured(device)
+    check_steps(device.recipe.steps if steps is None else steps)
+    configured(device)
     sampler = device.recipe.sampler if sampler is None else sampler
     if sampler != "model":
         plan(sampler, 1, DiscreteVP.from_schedule("linear", 1e-4, 0.02, 1000))  # refuses an unknown name
@@ -117,7 +112,9 @@ def export_bundle(
     preflight.check_target(weights, device)
     preflight.check_room(needs, out)
     if dry_run:
-        yield from _intentions(summary, weights, needs, device, out, sampler, steps)
+        yield from _intentions(
+            summary, weights, needs, device, out, sampler, steps or summary.steps or device.recipe.steps
+        )
         return
     with BundleWriter(out, overwrite, size=needs.bundle_bytes) as writer:
         work, store = temporary_name(writer.dest), writer.dest.with_name(f"{writer.dest.name}.work")
@@ -134,8 +131,11 @@ def export_bundle(
             if times is not None:
                 model = replace(model, grid=replace(model.grid, spacing=times))
                 sampler = traced_sampler(model) if sampler == "model" else sampler
-            context = Context(device, plan_of(model, sampler, steps), work, store)
-            model = yield from _passes(model, context, 0.02, 0.1)
+            first = plan_of(model, sampler, steps_of(model, device, steps))
+            model = yield from run_passes(
+                model, Context(device, first, work, store), sampler, steps, 0.02, 0.1
+            )
+            steps = steps_of(model, device, steps)
             clock.lap("passes")
             if not device.limits.dynamic_shapes:
                 model = parts.fixed(model)
@@ -230,7 +230,8 @@ class _Clock:
 def _summary(source: str | Path | Model, allow_download: bool) -> Summary:
     if isinstance(source, Model):
         scheduler = (source.scheduler or {}).get("_class_name", "none")
-        return Summary(source.name, source.task, scheduler, {p.name: p.parameters() for p in source})
+        weights = {part.name: part.parameters() for part in source}
+        return Summary(source.name, source.task, scheduler, weights, source.steps)
     return summarize(source, allow_download=allow_download)
 
 
@@ -260,31 +261,6 @@ def _intentions(
     yield Progress("target", None, f"{target.id}: {target.device.name}, {target.backend.engine}, {limits}")
     yield Progress("memory", None, f"about {gib(needs.memory_bytes)} while exporting")
     yield Progress("disk", None, f"{out}: {gib(needs.bundle_bytes)}, {gib(needs.disk_bytes)} while exporting")
-
-
-def _configured(target: Target) -> list[tuple[str, Pass]]:
-    """The passes of the recipe with their fields. Raises BadInput."""
-    found = []
-    for name in target.recipe.passes:
-        if name not in PASSES:
-            raise BadInput(
-                f"unknown pass {name!r} in the recipe",
-                expected=" or ".join(PASSES),
-                fix="take it out of [recipe] passes",
-            )
-        found.append(
-            (name, read_table(PASSES[name], target.recipe.options.get(name, {}), "the recipe", name))
-        )
-    return found
-
-
-def _passes(model: Model, context: Context, begin: float, end: float) -> Generator[Progress, None, Model]:
-    """Every pass of the recipe, one after the other; their share of the whole export lies between begin and end."""
-    passes = _configured(context.target)
-    for number, (name, each) in enumerate(passes):
-        first, last = (begin + (end - begin) * n / len(passes) for n in (number, number + 1))
-        model = yield from within(each(model, context), first, last, f"{name} ")
-    return model
 
 
 def _manifest(

@@ -44,6 +44,8 @@ class Summary:
     scheduler: str
     weights: Mapping[str, int]
     """Part of the bundle -> elements of its weights."""
+    steps: int | None = None
+    """How many it was made for, where it was."""
 
 
 def load(source: str | Path, *, allow_download: bool = False, config: Path | None = None) -> Model:

@@ -1,0 +1,71 @@
+"""The passes a recipe may name, and how they are run one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import replace
+
+from ..distill.features import Recover
+from ..distill.lcm import LCM
+from ..distill.tiny_decoder import TinyDecoder
+from ..model import Context, Model, Pass
+from ..prune.upsampling import SplitUpsampling
+from ..prune.widths import CutWidths
+from ..quant.quantize import Quantize
+from ..runtime.errors import BadInput
+from ..runtime.progress import Progress, within
+from ..targets import Target, read_table
+from .plans import plan_of
+
+__all__ = ["PASSES", "configured", "run_passes"]
+
+PASSES: Mapping[str, type[Pass]] = {
+    "cut_widths": CutWidths,
+    "recover": Recover,
+    "lcm": LCM,
+    "tiny_decoder": TinyDecoder,
+    "split_upsampling": SplitUpsampling,
+    "quantize": Quantize,
+}
+"""Name in a recipe -> the pass: a dataclass whose fields a table of that name sets. In the order they are run best."""
+
+
+def configured(target: Target) -> list[tuple[str, Pass]]:
+    """The passes of the target's recipe with their fields. Raises BadInput."""
+    found = []
+    for name in target.recipe.passes:
+        if name not in PASSES:
+            raise BadInput(
+                f"unknown pass {name!r} in the recipe",
+                expected=" or ".join(PASSES),
+                fix="take it out of [recipe] passes",
+            )
+        found.append(
+            (name, read_table(PASSES[name], target.recipe.options.get(name, {}), "the recipe", name))
+        )
+    return found
+
+
+def run_passes(
+    model: Model, context: Context, sampler: str, steps: int | None, begin: float = 0.0, end: float = 1.0
+) -> Generator[Progress, None, Model]:
+    """Every pass of the recipe; what they yield lies between begin and end of the whole.
+
+    sampler, steps  of the plan that ships: it is made anew after every pass, which may change how the model is drawn.
+                    None: the number of steps the model was made for, or the target's
+    The model given is the teacher of passes that train, where the context names none. Raises what the passes raise.
+    """
+    passes = configured(context.target)
+    context = replace(context, teacher=context.teacher or model)
+    for number, (name, each) in enumerate(passes):
+        first, last = (begin + (end - begin) * n / len(passes) for n in (number, number + 1))
+        count = steps_of(model, context.target, steps)
+        model = yield from within(
+            each(model, replace(context, plan=plan_of(model, sampler, count))), first, last, f"{name} "
+        )
+    return model
+
+
+def steps_of(model: Model, target: Target, asked: int | None) -> int:
+    """Steps of the plan that ships: those asked for, those the model was made for, or the target's."""
+    return asked or model.steps or target.recipe.steps
