@@ -15,7 +15,7 @@ from ..runtime.manifest import GuidanceSpec, SampleSpec, TensorSpec
 from .model import Example, Model, Part, TokenizerFiles
 from .schedulers import grid_of, prediction_of, process_of
 
-__all__ = ["FAMILIES", "Family", "from_pipeline", "with_image_encoder"]
+__all__ = ["FAMILIES", "Family", "from_pipeline", "plain_config", "with_image_encoder"]
 
 GUIDANCE_SD = 7.5
 """diffusers' default: StableDiffusionPipeline.__call__(guidance_scale=7.5)."""
@@ -90,7 +90,7 @@ def from_pipeline(pipeline: Any, name: str, folder: Path | None = None) -> Model
         guidance=GuidanceSpec() if guidance is None else GuidanceSpec("cfg", guidance),
         classes=network.config.num_embeds_ada_norm if family.task == "class-conditional" else None,
         tokenizer=_tokenizer_files(pipeline, folder),
-        scheduler={"_class_name": type(scheduler).__name__, **_config(scheduler)},
+        scheduler={"_class_name": type(scheduler).__name__, **plain_config(scheduler)},
         license=licence,
         license_files=licence_files,
         original=pipeline,
@@ -139,7 +139,7 @@ def _denoiser(name: str, network: Any, sample: SampleSpec, levels: int, pipeline
     if not sample.fixed:
         sizes |= _other_sizes(latent, sample.multiple // sample.factor)
     out = TensorSpec("out_sample", "float32", ("batch", sample.channels, height, width))
-    return Part(name, module, tuple(inputs), (out,), Example(sizes, ranges), _config(network))
+    return Part(name, module, tuple(inputs), (out,), Example(sizes, ranges), plain_config(network))
 
 
 def _other_sizes(latent: tuple[int, int], step: int) -> dict[str, tuple[int, int]]:
@@ -158,7 +158,7 @@ def _decoder(vae: Any, sample: SampleSpec) -> Part:
         (TensorSpec("latent_sample", "float32", ("batch", vae.config.latent_channels, "height", "width")),),
         (TensorSpec("sample", "float32", ("batch", vae.config.out_channels, "out_height", "out_width")),),
         Example({"batch": (2, 3)} | _other_sizes(latent, sample.multiple // sample.factor)),
-        _config(vae),
+        plain_config(vae),
     )
 
 
@@ -187,7 +187,7 @@ def with_image_encoder(model: Model) -> Model:
             ),
         ),
         Example({"batch": (2, 3)} | pixels),
-        _config(vae),
+        plain_config(vae),
     )
     return replace(model, parts={**model.parts, part.name: part})
 
@@ -231,7 +231,7 @@ def _license(folder: Path | None) -> tuple[str, tuple[Path, ...]]:
     return named[-1] if named else "see " + ", ".join(f.name for f in files) if files else "", tuple(files)
 
 
-def _config(thing: Any) -> dict[str, Any]:
+def plain_config(thing: Any) -> dict[str, Any]:
     """A diffusers configuration as plain JSON data, without where it was loaded from."""
     return {
         key: list(value) if isinstance(value, tuple) else value
