@@ -9,6 +9,7 @@ from ..distill.features import Recover
 from ..distill.lcm import LCM
 from ..distill.tiny_decoder import TinyDecoder
 from ..model import Context, Model, Pass
+from ..prune.cut_blocks import CutBlocks
 from ..prune.upsampling import SplitUpsampling
 from ..prune.widths import CutWidths
 from ..quant.quantize import Quantize
@@ -20,6 +21,7 @@ from .plans import plan_of
 __all__ = ["PASSES", "configured", "run_passes"]
 
 PASSES: Mapping[str, type[Pass]] = {
+    "cut_blocks": CutBlocks,
     "cut_widths": CutWidths,
     "recover": Recover,
     "lcm": LCM,

@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..runtime.errors import CheckpointError
+from ..runtime.errors import BadInput, CheckpointError
 from ..runtime.manifest import NAME
 from .checks import check_finite, read_json, read_prompts, weight_files
 from .families import FAMILIES, from_pipeline
-from .libraries import diffusers, quiet, transformers
+from .libraries import diffusers, library, quiet, transformers
 from .model import Model
+from .save import GUIDANCE_KEY, HISTORY_KEY, PROMPTS_FILE, STEPS_KEY
+from .structure import KEY, Structure, restructure
 
 __all__ = ["Index", "load_folder", "read_index"]
 
@@ -30,12 +32,10 @@ COMPONENTS: Mapping[tuple[str, str], str] = {
 """Library and class that model_index.json may name -> what it is. Nothing else is ever imported for a checkpoint:
 naming a class there is how a checkpoint would run code (diffusers GHSA-4prv-5hj7-c2xr)."""
 
-GUIDANCE_KEY = "_guidance_scale"
-"""Ours, in model_index.json: the guidance a model draws best with. diffusers ignores keys that begin with "_", and has
-one default for all Stable Diffusion pipelines, 7.5."""
+MAX_STEPS = 1000
+"""Levels of the usual noise schedules: no plan has more calls."""
 
-PROMPTS_FILE = "prompts.txt"
-"""Ours, beside model_index.json: prompts the model draws well, one a line."""
+AGAIN = "download the model again, or write it again with fewstep prune"
 
 IGNORED = {"safety_checker", "feature_extractor", "image_encoder", "watermark"}
 """Components a bundle has no use for."""
@@ -138,21 +138,41 @@ def load_folder(folder: Path, name: str = "") -> Model:
     model = from_pipeline(pipeline, name or folder.resolve().name, folder)
     if model.tokenizer is not None and (folder / PROMPTS_FILE).exists():
         model = replace(model, prompts=tuple(read_prompts(folder / PROMPTS_FILE)))
-    scale = index.data.get(GUIDANCE_KEY)
-    if scale is None or model.guidance.kind == "none":
-        return model
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-        raise CheckpointError(
-            f"{folder / 'model_index.json'}: {GUIDANCE_KEY} is {scale!r}",
-            expected="a number",
-            fix="correct or remove it",
+    return _with_ours(model, folder / "model_index.json", index.data)
+
+
+def _with_ours(model: Model, file: Path, data: Mapping[str, Any]) -> Model:
+    """The model with what our own keys of model_index.json say."""
+
+    def refused(key: str, expected: str) -> CheckpointError:
+        return CheckpointError(
+            f"{file}: {key} is {str(data[key])[:80]!r}", expected=expected, fix="correct or remove it"
         )
-    return replace(model, guidance=replace(model.guidance, scale=float(scale)))
+
+    scale, steps, history = data.get(GUIDANCE_KEY), data.get(STEPS_KEY), data.get(HISTORY_KEY)
+    if scale is not None and model.guidance.kind != "none":
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise refused(GUIDANCE_KEY, "a number")
+        model = replace(model, guidance=replace(model.guidance, scale=float(scale)))
+    if steps is not None:
+        if type(steps) is not int or not 1 <= steps <= MAX_STEPS:
+            raise refused(STEPS_KEY, f"1 to {MAX_STEPS}")
+        model = replace(model, steps=steps)
+    if history is not None:
+        named = isinstance(history, list) and all(
+            isinstance(record, dict) and isinstance(record.get("pass"), str) for record in history
+        )
+        if not named:
+            raise refused(HISTORY_KEY, "a list of passes")
+        model = replace(model, history=tuple(history))
+    return model
 
 
 def _network(index: Index, component: str) -> Any:
-    library, kind = index.components[component]
-    source = diffusers() if library == "diffusers" else transformers()
+    origin, kind = index.components[component]
+    if KEY in read_json(index.folder / component / "config.json"):
+        return _pruned(index, component)
+    source = diffusers() if origin == "diffusers" else transformers()
     fp16 = all(".fp16." in file.name for file in index.files(component))
     try:
         with quiet():
@@ -175,6 +195,40 @@ def _network(index: Index, component: str) -> Any:
             fix="download the model again, or correct config.json",
         )
     return module.float().eval()
+
+
+def _pruned(index: Index, component: str) -> Any:
+    """A network that diffusers cannot build from its configuration alone: blocks are gone, or layers are narrower."""
+    folder, kind = index.folder / component, index.components[component][1]
+    config = read_json(folder / "config.json")
+    try:
+        structure = Structure.from_json(config[KEY])
+    except BadInput as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: {error.found}", expected=error.expected, fix=AGAIN
+        ) from None
+    files = index.files(component)
+    fp16 = all(".fp16." in file.name for file in files)
+    weights: dict[str, Any] = {}
+    for file in files:
+        if (".fp16." in file.name) == fp16:
+            weights |= library("safetensors.torch").load_file(str(file))
+    try:
+        with quiet():
+            network = getattr(diffusers(), kind).from_config(
+                {key: value for key, value in config.items() if key != KEY}
+            )
+    except Exception as error:  # whatever a constructor makes of odd numbers
+        raise CheckpointError(
+            f"{folder / 'config.json'}: {kind} refuses it ({_line(error)})", fix=AGAIN
+        ) from error
+    try:
+        restructure(network, structure, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error.found}", expected=error.expected, fix=error.fix) from None
+    network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    network.register_to_config(**{KEY: structure.to_json()})
+    return network.requires_grad_(True).eval()
 
 
 def _tokenizer(index: Index) -> Any:

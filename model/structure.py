@@ -189,7 +189,10 @@ def restructure(network: Any, structure: Structure, shapes: Mapping[str, Sequenc
             raise CheckpointError(f"{KEY}: {heads} heads of {path}, {width} wide", fix=_AGAIN)
         attention.heads = heads
     for module in network.modules():  # these two hold against their input what they were built for
-        if type(module).__name__ in ("Downsample2D", "Upsample2D") and getattr(module, "conv", None) is not None:
+        if (
+            type(module).__name__ in ("Downsample2D", "Upsample2D")
+            and getattr(module, "conv", None) is not None
+        ):
             module.channels = module.conv.in_channels
         elif type(module).__name__ == "Attention":
             module.inner_dim = module.to_q.out_features
@@ -198,7 +201,9 @@ def restructure(network: Any, structure: Structure, shapes: Mapping[str, Sequenc
         if own.get(name) != (tuple(shapes[name]) if name in shapes else None):
             raise CheckpointError(
                 f"{name} is {list(shapes[name]) if name in shapes else 'missing'} in the weights",
-                expected=f"{list(own[name])} by config.json" if name in own else "no such weight by config.json",
+                expected=f"{list(own[name])} by config.json"
+                if name in own
+                else "no such weight by config.json",
                 fix=_AGAIN,
             )
 
@@ -218,7 +223,9 @@ def _bypasses(network: Any, removed: Sequence[str]) -> dict[str, Any]:
         if path not in known:
             raise BadInput(
                 f"{path[:120]!r} is no block of {type(network).__name__} that can be taken out",
-                expected=f"one of {', '.join(list(known)[:6])}, ..." if known else "a network with such blocks",
+                expected=f"one of {', '.join(list(known)[:6])}, ..."
+                if known
+                else "a network with such blocks",
             )
         module, (above, _, name) = network.get_submodule(path), path.rpartition(".")
         if known[path] == "residual":
@@ -226,11 +233,15 @@ def _bypasses(network: Any, removed: Sequence[str]) -> dict[str, Any]:
         elif known[path] == "transformer":
             modules[path] = kinds.NoTransformer()
         elif known[path] == "block":
-            shared = path == "transformer_blocks.0" and _modulated(module)  # whose embedding DiT's output layer reads
+            shared = path == "transformer_blocks.0" and _modulated(
+                module
+            )  # whose embedding DiT's output layer reads
             modules[path] = kinds.ThinModulatedBlock(module, frozenset()) if shared else kinds.NoBlock()
         elif name in kinds.HALVES:
             block = network.get_submodule(above)
-            kept.setdefault(above, {n for n in kinds.HALVES if getattr(block, n, None) is not None}).discard(name)
+            kept.setdefault(above, {n for n in kinds.HALVES if getattr(block, n, None) is not None}).discard(
+                name
+            )
         else:
             modules[path] = kinds.NoAttention(module)
     for path, names in kept.items():
@@ -252,7 +263,9 @@ def _is_block(module: Any) -> bool:
 
 
 def _modulated(block: Any) -> bool:
-    return getattr(block, "norm_type", None) == "ada_norm_zero" or type(block).__name__ == "ThinModulatedBlock"
+    return (
+        getattr(block, "norm_type", None) == "ada_norm_zero" or type(block).__name__ == "ThinModulatedBlock"
+    )
 
 
 def _outermost(paths: Sequence[str]) -> tuple[str, ...]:
@@ -281,7 +294,9 @@ def _rebuilt(path: str, module: Any, shape: tuple[int, ...], groups: int | None)
     rank = {"Conv2d": 4, "Linear": 2, "GroupNorm": 1, "LayerNorm": 1}.get(kind)
     if rank is None or rank != len(shape) or min(shape) < 1 or (kind == "Conv2d" and module.groups != 1):
         raise CheckpointError(
-            f"{path}.weight is {list(shape)}", expected=f"{list(module.weight.shape)}, of a {kind}", fix=_AGAIN
+            f"{path}.weight is {list(shape)}",
+            expected=f"{list(module.weight.shape)}, of a {kind}",
+            fix=_AGAIN,
         )
     if kind == "Linear":
         return nn.Linear(shape[1], shape[0], bias, **like)

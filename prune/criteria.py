@@ -22,17 +22,22 @@ from .scores import Scores
 from .units import Unit
 
 __all__ = [
+    "SEEDS",
+    "Distance",
+    "each_alone",
+    "final_distance",
     "final_latents",
-    "laptop",
     "latent_distance",
-    "ld_pruner",
     "magnitude",
+    "output_distance",
     "paired_distance",
     "random",
     "recorded_calls",
 ]
 
 Array = NDArray[Any]
+Distance = Callable[[Sequence[str]], float]
+"""Paths of units that are out -> how much it matters, 0 for nothing."""
 SEEDS = 2_000_000
 """The first seed of the trajectories that blocks are judged on, far from those of pictures and of what teaches."""
 
@@ -58,58 +63,42 @@ def random(units: Sequence[Unit], seed: int) -> dict[str, float]:
     return {unit.path: float(value) for unit, value in zip(units, drawn, strict=True)}
 
 
-def laptop(
-    part: Part,
-    calls: Sequence[Mapping[str, Array]],
-    units: Sequence[Unit],
-    scores: Scores,
-    gone: Sequence[str] = (),
-) -> Generator[Progress, None, dict[str, float]]:
-    """E ||out - out without the unit||^2, each unit alone (LAPTOP-Diff, Zhang et al. 2024, arXiv:2404.11098, eq. 4).
+def output_distance(part: Part, calls: Sequence[Mapping[str, Array]]) -> Distance:
+    """E ||out - out without||^2 over E ||out||^2 (LAPTOP-Diff, Zhang et al. 2024, arXiv:2404.11098).
 
     calls  what the denoiser is fed, [batch, ...] by input name
-    gone   units that are out already: the score is then what a further one adds to the error
-    Returns the mean square of the difference by element, over that of the output.
     """
     copied = part_with(part, shadow(network_of(part)))
     right = [_output(part, feeds) for feeds in calls]
-    power = sum(float(np.sum(np.square(out, dtype=np.float64))) for out in right)
+    power = sum(float(np.sum(np.square(out))) for out in right)
 
     def distance(removed: Sequence[str]) -> float:
         total = 0.0
         with bypassed(network_of(copied), removed):
             for feeds, out in zip(calls, right, strict=True):
-                total += float(np.sum(np.square(_output(copied, feeds) - out, dtype=np.float64)))
+                total += float(np.sum(np.square(_output(copied, feeds) - out)))
         return total / power
 
-    return (yield from _each(units, distance, scores, gone))
+    return distance
 
 
-def ld_pruner(
-    model: Model,
-    plan: Plan,
-    seeds: Sequence[int],
-    units: Sequence[Unit],
-    scores: Scores,
-    distance: Callable[[Array, Array], float],
-    gone: Sequence[str] = (),
-) -> Generator[Progress, None, dict[str, float]]:
-    """How far the final latents of the plan move when a unit is missing (LD-Pruner, Castells et al. 2024,
-    arXiv:2404.11936, algorithm 1).
+def final_distance(
+    model: Model, plan: Plan, seeds: Sequence[int], far: Callable[[Array, Array], float]
+) -> Distance:
+    """How far the final latents of the plan move (LD-Pruner, Castells et al. 2024, arXiv:2404.11936).
 
-    distance  latent_distance, the paper's, or paired_distance
-    gone      as for laptop
+    far  latent_distance, the paper's, or paired_distance
     """
     part = model.parts[model.denoiser]
     right = final_latents(model, plan, seeds)
     copied = part_with(part, shadow(network_of(part)))
     modified = replace(model, parts={**model.parts, part.name: copied})
 
-    def moved(removed: Sequence[str]) -> float:
+    def distance(removed: Sequence[str]) -> float:
         with bypassed(network_of(copied), removed):
-            return distance(right, final_latents(modified, plan, seeds))
+            return far(right, final_latents(modified, plan, seeds))
 
-    return (yield from _each(units, moved, scores, gone))
+    return distance
 
 
 def latent_distance(right: Array, moved: Array) -> float:
@@ -144,19 +133,17 @@ def recorded_calls(model: Model, plan: Plan, seeds: Sequence[int], times: int) -
     return [each.calls[row] for each in found for row in rows]
 
 
-def _each(
-    units: Sequence[Unit], distance: Callable[[Sequence[str]], float], scores: Scores, gone: Sequence[str]
+def each_alone(
+    units: Sequence[Unit], distance: Distance, scores: Scores
 ) -> Generator[Progress, None, dict[str, float]]:
-    """Score of every unit that is still there."""
-    base = distance(gone) if gone else 0.0
+    """The distance for every unit, taken out alone; those that `scores` has are not measured again."""
     for number, unit in enumerate(units):
         yield Progress("score", number / len(units), scores.note(unit.path, number, len(units)))
         if unit.path not in scores.done:
-            scores.add(unit.path, distance((*gone, unit.path)) - base)
+            scores.add(unit.path, distance([unit.path]))
     scores.save()
     return {unit.path: scores.done[unit.path] for unit in units}
 
 
 def _output(part: Part, feeds: Mapping[str, Array]) -> Array:
     return run_part(part, feeds)[part.outputs[0].name].astype(np.float64)
-

@@ -7,7 +7,7 @@ from math import gcd
 
 import numpy as np
 
-__all__ = ["lightest"]
+__all__ = ["lightest", "lowest"]
 
 GRAINS = 20_000
 """Steps the size is counted in, at most: sizes are rounded down to whole ones, so that a set is never too small, and
@@ -54,3 +54,27 @@ def lightest(
     best, chosen = with_any(held.get("", []), best, chosen)
     found = chosen[goal]
     return None if found is None else tuple(name for name in sizes if name in found)
+
+
+def lowest(
+    sizes: Mapping[str, int], scores: Mapping[str, float], inside: Mapping[str, str], least: float
+) -> tuple[str, ...]:
+    """Blocks by rising score until their size is at least `least`: for scores that do not add up.
+
+    A block that comes after some it holds takes their place; one whose holder is gone already is passed over.
+    """
+    found: list[str] = []
+    for name in sorted(scores, key=lambda name: scores[name]):
+        if sum(sizes[each] for each in found) >= least:
+            break
+        if not any(within(name, each, inside) for each in found):
+            found = [each for each in found if not within(each, name, inside)] + [name]
+    return tuple(found)
+
+
+def within(name: str, holder: str, inside: Mapping[str, str]) -> bool:
+    """Whether a block lies in another, at whatever depth."""
+    while name := inside.get(name, ""):
+        if name == holder:
+            return True
+    return False

@@ -35,7 +35,8 @@ def find_units(part: Part) -> tuple[Unit, ...]:
     kinds = removable(network)
     if not kinds:
         raise BadInput(
-            f"{type(network).__name__} has no block that can be taken out", expected="residual blocks or transformers"
+            f"{type(network).__name__} has no block that can be taken out",
+            expected="residual blocks or transformers",
         )
     work = {path.removeprefix("network."): count for path, count in layer_multiplications(part).items()}
     sizes = _sizes(network)
