@@ -70,7 +70,7 @@ class Recover:
             )
 
         trained = yield from taught(self, model, ctx, self.latents, self.training, lesson, stage="recover")
-        return made(self, model, trained.student, guided=True, measured={"losses": dict(trained.losses)})
+        return made(self, model, trained, guided=True)
 
 
 def recovery_loss(

@@ -72,14 +72,7 @@ class LCM:
             self, model, ctx, self.latents, self.training, lesson, stage="lcm", guidance=self.guidance
         )
         scheduler = few_step_scheduler(model, "LCMScheduler")
-        return made(
-            self,
-            model,
-            trained.student,
-            scheduler=scheduler,
-            steps=self.steps,
-            measured={"losses": trained.losses},
-        )
+        return made(self, model, trained, scheduler=scheduler, steps=self.steps)
 
 
 def lcm_loss(turn: Turn, at: Setting, how: LCM) -> Mapping[str, Tensor]:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from ..model.fingerprint import model_fingerprint
 from ..model.libraries import diffusers, quiet
 from ..model.model import Context, Model, Part, Pass
@@ -20,13 +22,23 @@ from ..model.training import (
     Samples,
     Trained,
     Training,
+    given_samples,
     prepare_samples,
     train,
 )
 from ..runtime.errors import BadInput
 from ..runtime.progress import Progress, within
 
-__all__ = ["Setting", "few_step_scheduler", "lesson_key", "made", "networks_of", "taught", "teacher_of"]
+__all__ = [
+    "Setting",
+    "few_step_scheduler",
+    "lesson_key",
+    "made",
+    "networks_of",
+    "prepared",
+    "taught",
+    "teacher_of",
+]
 
 Module = Any
 
@@ -65,22 +77,47 @@ def taught(
     stage: str,
     guidance: float = 0.0,
     student: Callable[[Module], Module] | None = None,
+    drawn: bool = True,
 ) -> Generator[Progress, None, Trained]:
     """Draw what is learned on with the teacher, write the lesson, train it.
 
     guidance  of the teacher; 0 for the model's own
+    drawn     False for a method that needs prompts or labels alone: the latents are zeros then
     student   what is trained, made of a copy of the model's denoiser; the copy itself where None
     Raises BadInput for a teacher that does not fit, and what `prepare_samples` and `train` raise.
     """
+    setting = yield from within(
+        prepared(job, model, ctx, latents, guidance=guidance, student=student, drawn=drawn), 0, DRAWN_SHARE
+    )
+    how = replace(training, seed=training.seed + ctx.seed)
+    lesson, samples = lesson_of(setting), setting.samples
+    result = yield from within(train(lesson, samples, how, ctx.store, stage), DRAWN_SHARE, 1.0)
+    return result
+
+
+def prepared(
+    job: Pass,
+    model: Model,
+    ctx: Context,
+    latents: Latents,
+    *,
+    guidance: float = 0.0,
+    student: Callable[[Module], Module] | None = None,
+    drawn: bool = True,
+) -> Generator[Progress, None, Setting]:
+    """What `taught` does before it trains, with its arguments: for methods that train several times."""
     teacher = teacher_of(model, ctx)
     if guidance:
         latents = replace(latents, guidance=guidance)
-    samples = yield from within(
-        prepare_samples(teacher, latents, ctx.store, Processes.found()), 0, DRAWN_SHARE
-    )
+    if drawn:
+        samples = yield from prepare_samples(teacher, latents, ctx.store, Processes.found())
+    else:
+        samples = _undrawn(teacher, latents)
     scale = (guidance or teacher.guidance.scale) if samples.nothing is not None else 1.0
-    network = copy.deepcopy(model.parts[model.denoiser].module)
-    setting = Setting(
+    network = copy.deepcopy(model.parts[model.denoiser].module).requires_grad_(
+        True
+    )  # an earlier pass may have frozen it
+    return Setting(
         model,
         Denoising.of(model),
         network if student is None else student(network),
@@ -89,9 +126,13 @@ def taught(
         samples,
         lesson_key(job, model, teacher, samples, ctx.seed),
     )
-    how = replace(training, seed=training.seed + ctx.seed)
-    result = yield from within(train(lesson_of(setting), samples, how, ctx.store, stage), DRAWN_SHARE, 1.0)
-    return result
+
+
+def _undrawn(teacher: Model, latents: Latents) -> Samples:
+    """Every prompt or label once, with a latent of zeros."""
+    subjects, sample = latents.subjects(teacher), teacher.sample
+    shape = (sample.channels, sample.height // sample.factor, sample.width // sample.factor)
+    return given_samples(teacher, np.zeros((len(subjects), *shape), np.float32), subjects)
 
 
 def teacher_of(model: Model, ctx: Context) -> Model:
@@ -128,29 +169,30 @@ def lesson_key(job: Pass, model: Model, teacher: Model, samples: Samples, seed: 
     return digest.hexdigest()
 
 
-def networks_of(trained: Trained) -> Module:
-    """The student's module as a part holds it."""
-    return trained.student
-
-
 def made(
     job: Pass,
     model: Model,
-    network: Module,
+    trained: Trained,
     *,
+    network: Module | None = None,
     scheduler: Mapping[str, Any] | None = None,
     steps: int | None = None,
     guided: bool = False,
     prediction: str = "",
-    measured: Mapping[str, Any],
+    measured: Mapping[str, Any] | None = None,
 ) -> Model:
     """The model with the student in it.
 
+    network  what the part holds where that is not what was trained as it stands, a merged adapter for instance
     scheduler, steps  how it is to be drawn from now on; None leaves them
     guided     whether it still needs guidance; False: guidance is in it
     """
-    part: Part = replace(model.parts[model.denoiser], module=network)
-    done = model.after(job, {part.name: part}, **measured)
+    part: Part = replace(model.parts[model.denoiser], module=trained.student if network is None else network)
+    losses = {
+        name: float(f"{value:.4g}") for name, value in trained.losses.items()
+    }  # four digits mean something
+    said = {"losses": losses, "log": trained.metrics.name, **(measured or {})}
+    done = model.after(job, {part.name: part}, **said)
     if not guided and model.guidance.kind != "none":
         done = replace(done, guidance=replace(done.guidance, scale=1.0))
     if scheduler is not None:

@@ -32,6 +32,7 @@ COMMANDS = {
     "compare": "measure how far a bundle's pictures are from another's, or from its model's",
     "verify": "check a bundle: every hash, every graph, one replayed latent",
     "samplers": "list samplers and time grids, or draw a gallery of them",
+    "distill": "prune, recover and distill a model by a recipe",
     "sensitivity": "measure which layers of a model suffer from how few bits",
     "tune": "fit a plan of few calls to a bundle's own model",
     "show": "say what is in a model or a bundle",

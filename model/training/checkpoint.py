@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.errors import BadInput
-from ...runtime.files import atomic_write
+from ...runtime.files import atomic_write, output_errors
 from ..libraries import torch
 
 __all__ = ["Checkpoint"]
@@ -30,7 +30,9 @@ class Checkpoint:
     def load(
         self, networks: Mapping[str, Module], average: Module | None, optimizers: Mapping[str, Any]
     ) -> int:
-        """The step an earlier run came to, 0 where there was none. Raises BadInput for a file that is no checkpoint."""
+        """The step an earlier run came to, 0 where there was none. Raises BadInput for another file."""
+        with output_errors(self.file.parent):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
         if not self.file.exists():
             self.metrics.unlink(missing_ok=True)
             return 0
@@ -71,8 +73,7 @@ class Checkpoint:
 
     def write_line(self, line: Mapping[str, Any]) -> None:
         """One more line of the log."""
-        self.metrics.parent.mkdir(parents=True, exist_ok=True)
-        with self.metrics.open("a") as file:
+        with output_errors(self.metrics), self.metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def _trained(self, name: str, network: Module) -> dict[str, Any]:
