@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ..distill.features import Recover
 from ..distill.lcm import LCM
+from ..distill.pcm import PCM
 from ..distill.tiny_decoder import TinyDecoder
 from ..model import Context, Model, Pass
 from ..prune.cut_blocks import CutBlocks
@@ -25,6 +26,7 @@ PASSES: Mapping[str, type[Pass]] = {
     "cut_widths": CutWidths,
     "recover": Recover,
     "lcm": LCM,
+    "pcm": PCM,
     "tiny_decoder": TinyDecoder,
     "split_upsampling": SplitUpsampling,
     "quantize": Quantize,
