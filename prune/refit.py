@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..model.libraries import torch
 from ..model.model import Model
@@ -21,8 +22,9 @@ from ..runtime.plan import Plan
 from ..runtime.progress import Progress
 from .width_groups import Slice, WidthGroup, rows
 
-__all__ = ["Moments", "fold", "moments"]
+__all__ = ["Moments", "eliminate", "fold", "moments"]
 
+Array = NDArray[Any]
 Tensor = Any
 
 DAMPING = 1e-4
@@ -44,6 +46,11 @@ class Moments:
     def empty(cls, width: int) -> Moments:
         th = torch()
         return cls(0, th.zeros(width, dtype=th.float64), th.zeros(width, width, dtype=th.float64))
+
+    def covariance(self) -> Tensor:
+        """[width, width]"""
+        mean = self.first / self.count
+        return self.second / self.count - torch().outer(mean, mean)
 
     def add(self, values: Tensor) -> None:
         """values: [..., width], or [batch, width, height, width] of a picture."""
@@ -98,9 +105,7 @@ def fold(module: Any, group: WidthGroup, kept: Sequence[int], seen: Moments) -> 
     centred = reader.bias is not None
     mean = seen.first / seen.count if centred else th.zeros_like(seen.first)
     covariance = seen.second / seen.count - th.outer(mean, mean)
-    inner = covariance[k][:, k]
-    inner = inner + th.eye(len(k), dtype=th.float64) * (DAMPING * inner.diagonal().mean() + 1e-30)
-    a = th.linalg.solve(inner, covariance[k][:, g]).T  # [gone, kept]
+    a = th.linalg.solve(_damped(covariance[k][:, k]), covariance[k][:, g]).T  # [gone, kept]
     with th.no_grad():
         weight = reader.weight.double()
         left = weight[:, g]  # [out, gone, ...]
@@ -111,18 +116,45 @@ def fold(module: Any, group: WidthGroup, kept: Sequence[int], seen: Moments) -> 
         reader.weight.copy_(weight.to(reader.weight))
 
 
-def unexplained(group: WidthGroup, kept: Sequence[int], seen: Moments) -> float:
-    """Share of the gone values' energy that the fit leaves: 0 where the kept ones say it all."""
+def eliminate(group: WidthGroup, scores: Array, seen: Moments, least: int) -> Array:
+    """[count]: what each unit costs in the order in which units go, when the others take over what they can say of it.
+
+    scores  [count] of the units themselves, squared errors of the output
+    least   units that stay whatever happens; theirs are larger than those of all others
+    A unit costs its score times the share of its variance that is left given all that remain, which is read off the
+    inverse covariance P: the variance of unit u given the rest is inv(P_uu). The cheapest goes, P shrinks to that of
+    the rest, and so on (the optimal brain surgeon's step, Hassibi and Stork 1993, with values in place of weights).
+    """
     th = torch()
-    piece = Slice(group.reader, 1)
-    gone = [unit for unit in range(group.count) if unit not in set(kept)]
-    k, g = (th.tensor(rows(group, piece, units)) for units in (kept, gone))
-    mean = seen.first / seen.count
-    covariance = seen.second / seen.count - th.outer(mean, mean)
-    inner = covariance[k][:, k] + th.eye(len(k), dtype=th.float64) * (
-        DAMPING * covariance[k][:, k].diagonal().mean() + 1e-30
-    )
-    left = covariance[g][:, g] - covariance[g][:, k] @ th.linalg.solve(inner, covariance[k][:, g])
-    return float(
-        left.diagonal().sum() / np.maximum(float((seen.second / seen.count).diagonal()[g].sum()), 1e-30)
-    )
+    n, s = group.count, group.size
+    covariance = seen.covariance()
+    precision = th.linalg.inv(_damped(covariance))
+    own = covariance.diagonal().view(n, s).sum(1).clamp(min=1e-30)
+    rate = th.from_numpy(scores) / own
+    gone = th.zeros(n, dtype=th.bool)
+    found, highest = np.empty(n), 0.0
+    for _ in range(n - least):
+        if s == 1:
+            left = 1 / precision.diagonal()
+        else:
+            blocks = precision.view(n, s, n, s).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+            left = th.linalg.inv(blocks + gone.view(n, 1, 1) * th.eye(s, dtype=th.float64))
+            left = left.diagonal(dim1=1, dim2=2).sum(1)
+        costs = th.where(gone, th.inf, rate * left)
+        unit = int(costs.argmin())
+        # never less than one before: units go in this order
+        highest = max(highest * (1 + 1e-9), float(costs[unit]))
+        found[unit], gone[unit] = highest, True
+        at = slice(unit * s, (unit + 1) * s)
+        rows_of = precision[at].clone()
+        if s == 1:
+            precision.addr_(rows_of[0], rows_of[0], alpha=-1 / float(rows_of[0, unit]))
+        else:
+            precision -= rows_of.T @ th.linalg.solve(rows_of[:, at], rows_of)
+    found[~gone.numpy()] = np.maximum(highest * 2, (rate * own).numpy()[~gone.numpy()])
+    return found
+
+
+def _damped(covariance: Tensor) -> Tensor:
+    more = DAMPING * covariance.diagonal().mean() + 1e-30
+    return covariance + more * torch().eye(len(covariance), dtype=covariance.dtype)

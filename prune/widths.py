@@ -17,7 +17,7 @@ from ..runtime.progress import Progress, within
 from .flops import layer_multiplications, multiplications
 from .importance import ADDITIVE, BATCH, CRITERIA, SEEDS, importance
 from .ranking import choose, comparable
-from .refit import fold, moments
+from .refit import eliminate, fold, moments
 from .width_groups import KINDS, WidthGroup, cut, find_groups
 
 __all__ = ["CutWidths"]
@@ -49,7 +49,8 @@ class CutWidths:
     round_to: int = 8
     """Widths become multiples of it: vectors of 8 floats (AVX2) or 16 halves take whole rows then."""
     refit: bool = True
-    """Let what stays say what it can of what went."""
+    """Let what stays say what it can of what went, and with the criterion `output` count for a unit only what the
+    others cannot say."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -89,11 +90,22 @@ class CutWidths:
         )
         if self.criterion not in ADDITIVE:
             scores = comparable(scores)
+        if self.refit and self.ratio > 0:
+            seeds = [SEEDS + self.seed + i for i in range(self.samples)]
+            seen = yield from within(moments(model, network, groups, ctx.plan, seeds, BATCH), RANKED, 1)
+            if self.criterion == "output":
+                scores = {
+                    group.name: eliminate(
+                        group,
+                        scores[group.name],
+                        seen[group.name],
+                        group.widths_kept(self.round_to, self.floor)[-1],
+                    )
+                    for group in groups
+                }
         kept = choose(groups, scores, saved, self.ratio * total, floor=self.floor, round_to=self.round_to)
         cuts = [group for group in groups if len(kept[group.name]) < group.count]
         if self.refit and cuts:
-            seeds = [SEEDS + self.seed + i for i in range(self.samples)]
-            seen = yield from within(moments(model, network, cuts, ctx.plan, seeds, BATCH), RANKED, 1)
             network = copy.deepcopy(network)
             for group in cuts:
                 fold(network, group, kept[group.name], seen[group.name])

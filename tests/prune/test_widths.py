@@ -14,8 +14,8 @@ from fewstep.model.structure import network_of, restructure, structure_of  # noq
 from fewstep.model.trajectories import run_part, trajectories  # noqa: E402
 from fewstep.prune.flops import multiplications  # noqa: E402
 from fewstep.prune.importance import CRITERIA, importance  # noqa: E402
-from fewstep.prune.refit import Moments, fold, moments  # noqa: E402
-from fewstep.prune.width_groups import cut, find_groups, rows  # noqa: E402
+from fewstep.prune.refit import Moments, eliminate, fold, moments  # noqa: E402
+from fewstep.prune.width_groups import Slice, WidthGroup, cut, find_groups, rows  # noqa: E402
 from fewstep.prune.widths import CutWidths, unit_multiplications  # noqa: E402
 from fewstep.runtime.errors import BadInput  # noqa: E402
 from fewstep.runtime.process import DiscreteVP  # noqa: E402
@@ -156,13 +156,15 @@ def test_importance_goes_on_where_it_was_cut_off(model, ctx):
     assert all(np.array_equal(found[name], whole[name]) for name in whole)
 
 
+def ffn(count):
+    return WidthGroup("ffn", "ffn", count, 1, (Slice("reader", 1),), 4)
+
+
 def test_values_that_others_say_exactly_can_go_for_nothing():
     """h_2 = 2 h_0 - h_1 + 3: the fit finds it, and the reader loses nothing."""
     reader = torch.nn.Linear(3, 4)
     module = torch.nn.ModuleDict({"reader": reader})
-    from fewstep.prune.width_groups import Slice, WidthGroup
-
-    group = WidthGroup("ffn", "ffn", 3, 1, (Slice("reader", 1),), 4)
+    group = ffn(3)
     h = torch.randn(500, 3, generator=torch.Generator().manual_seed(0))
     h[:, 2] = 2 * h[:, 0] - h[:, 1] + 3
     before = reader(h).detach()
@@ -171,6 +173,31 @@ def test_values_that_others_say_exactly_can_go_for_nothing():
     fold(module, group, [0, 1], seen)
     after = torch.nn.functional.linear(h[:, :2], reader.weight[:, :2], reader.bias)
     torch.testing.assert_close(after, before, rtol=1e-3, atol=2e-3)
+
+
+def test_of_two_units_that_say_the_same_one_costs_nothing_and_the_other_all():
+    h = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))
+    h[:, 2] = h[:, 0]
+    seen = Moments.empty(3)
+    seen.add(h)
+    costs = eliminate(ffn(3), np.array([1.0, 0.5, 1.0]), seen, 0)
+    assert sorted(costs)[0] < 1e-3  # one of the pair
+    assert costs[1] == pytest.approx(0.5, rel=0.01)  # says what no other says
+    assert max(costs[0], costs[2]) == pytest.approx(1.0, rel=0.01)  # its twin is gone
+
+
+def test_units_that_have_nothing_in_common_cost_their_own_scores():
+    seen = Moments.empty(4)
+    seen.add(torch.randn(50_000, 4, generator=torch.Generator().manual_seed(0)))
+    scores = np.array([3.0, 1.0, 4.0, 2.0])
+    assert eliminate(ffn(4), scores, seen, 0) == pytest.approx(scores, rel=0.01)
+
+
+def test_units_that_stay_cost_more_than_all_that_go():
+    seen = Moments.empty(4)
+    seen.add(torch.randn(1000, 4, generator=torch.Generator().manual_seed(0)))
+    costs = eliminate(ffn(4), np.array([3.0, 1.0, 4.0, 2.0]), seen, 2)
+    assert set(np.argsort(costs)[2:]) == {0, 2}
 
 
 def test_what_repeats_itself_inside_a_denoiser_goes_for_nothing(model, ctx):
