@@ -1,7 +1,7 @@
 """What a pruned network has lost beside its configuration, and how to build it again without code in its folder.
 
-A diffusers config.json describes networks that diffusers can build. One key more, `_structure`, says what was cut out of
-such a network; diffusers ignores keys that begin with "_". How wide each layer is says its stored weight.
+A diffusers config.json describes networks that diffusers can build. One key more, `_structure`, says what was cut out
+of such a network; diffusers ignores keys that begin with "_". How wide each layer is says its stored weight.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def _smaller(network: Any, cut: str) -> tuple[dict[str, Any], dict[str, str]]:
         config["mid_block_type"] = None
     if lost:
         width = list(config["block_out_channels"])
-        if stages < 3 or width[-1] != width[-2]:  # noqa: PLR2004 - two stages must stay to be a U-Net
+        if stages < 3 or width[-1] != width[-2]:
             raise BadInput(
                 f"{cut} of a network of {' '.join(map(str, width))} channels",
                 expected="three stages or more, the innermost two of equal width",

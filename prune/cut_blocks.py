@@ -104,13 +104,16 @@ class CutBlocks:
         inside = {unit.path: unit.inside for unit in units}
         if self.criterion == "by_hand":
             order = by_hand(part)
-            return lowest(sizes, {path: order.index(path) for path in order}, inside, self.ratio * whole), {}
+            removed = lowest(sizes, {path: order.index(path) for path in order}, inside, self.ratio * whole)
+            return removed, {"removed": list(removed)}
         if self.criterion in ("magnitude", "random"):
             scores = magnitude(part, units) if self.criterion == "magnitude" else random(units, self.seed)
-            return lowest(sizes, scores, inside, self.ratio * whole), {"scores": _rounded(scores)}
+            removed = lowest(sizes, scores, inside, self.ratio * whole)
+            return removed, {"removed": list(removed), "scores": _rounded(scores)}
         scores, together = yield from within(self._measured(model, part, units, ctx), 0, 0.95)
-        removed = lightest(sizes, scores, inside, round(self.ratio * whole))
-        assert removed is not None, "the ratio was checked"
+        best = lightest(sizes, scores, inside, round(self.ratio * whole))
+        assert best is not None, "the ratio was checked"
+        removed = best
         said = {"removed": list(removed), "scores": _rounded(scores)}
         predicted = sum(scores[path] for path in removed)
         return removed, {**said, "predicted": round(predicted, 6), "measured": round(together(removed), 6)}

@@ -26,6 +26,7 @@ from .console import Answer, note
 __all__ = ["main", "run"]
 
 COMMANDS = {
+    "prune": "take out what a denoiser needs least",
     "export": "turn a model into a bundle for a target",
     "run": "draw images with a bundle",
     "bench": "measure bundles against each other on this host",
