@@ -6,8 +6,10 @@ from collections.abc import Generator, Mapping
 from dataclasses import replace
 
 from ..distill.features import Recover
+from ..distill.guidance import DistillGuidance
 from ..distill.lcm import LCM
 from ..distill.pcm import PCM
+from ..distill.tdm import TDM
 from ..distill.tiny_decoder import TinyDecoder
 from ..model import Context, Model, Pass
 from ..prune.cut_blocks import CutBlocks
@@ -25,8 +27,10 @@ PASSES: Mapping[str, type[Pass]] = {
     "cut_blocks": CutBlocks,
     "cut_widths": CutWidths,
     "recover": Recover,
+    "guidance": DistillGuidance,
     "lcm": LCM,
     "pcm": PCM,
+    "tdm": TDM,
     "tiny_decoder": TinyDecoder,
     "split_upsampling": SplitUpsampling,
     "quantize": Quantize,
