@@ -98,11 +98,10 @@ class PCM:
             made(
                 self,
                 model,
-                trained.student,
+                trained,
                 scheduler=few_step_scheduler(model, "DDIMScheduler"),
                 steps=self.steps,
                 guided=self.guided,
-                measured={"losses": trained.losses},
             )
         )
 

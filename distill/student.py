@@ -34,7 +34,6 @@ __all__ = [
     "few_step_scheduler",
     "lesson_key",
     "made",
-    "networks_of",
     "prepared",
     "taught",
     "teacher_of",
