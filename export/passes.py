@@ -13,6 +13,7 @@ from ..distill.tdm import TDM
 from ..distill.tiny_decoder import TinyDecoder
 from ..model import Context, Model, Pass
 from ..prune.cut_blocks import CutBlocks
+from ..prune.sparsify import Sparsify
 from ..prune.upsampling import SplitUpsampling
 from ..prune.widths import CutWidths
 from ..quant.quantize import Quantize
@@ -31,6 +32,7 @@ PASSES: Mapping[str, type[Pass]] = {
     "lcm": LCM,
     "pcm": PCM,
     "tdm": TDM,
+    "sparsify": Sparsify,
     "tiny_decoder": TinyDecoder,
     "split_upsampling": SplitUpsampling,
     "quantize": Quantize,
