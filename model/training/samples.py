@@ -28,7 +28,7 @@ from ..shards import read_shard, write_shard
 from ..trajectories import PROMPTS, conditions_of, trajectories
 from .processes import Processes
 
-__all__ = ["Batch", "Latents", "Samples", "given_samples", "prepare_samples"]
+__all__ = ["Batch", "Latents", "Samples", "given_samples", "in_precision", "prepare_samples"]
 
 Array = NDArray[Any]
 Tensor = Any
@@ -160,24 +160,26 @@ def prepare_samples(
     said = (model_fingerprint(model), way.to_json(), how.precision, subjects, scale)
     key = hashlib.blake2b(repr(said).encode(), digest_size=8).hexdigest()
     folder = store / f"latents-{key}"
-    files = [folder / f"{k:05d}.safetensors" for k in range(-(-how.number // SHARD))]
+    counts = [min(SHARD, how.number - begin) for begin in range(0, how.number, SHARD)]
+    files = [folder / f"{k:05d}-{count}.safetensors" for k, count in enumerate(counts)]
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    teacher = _in_precision(model, how.precision)
+    teacher = in_precision(model, how.precision)
     mine = [
         k for k in range(len(files)) if k % processes.world == processes.rank and read_shard(files[k]) is None
     ]
-    for number, k in enumerate(mine):
-        about = [subjects[(k * SHARD + i) % len(subjects)] for i in range(SHARD)]
-        seeds = range(SEEDS + k * SHARD, SEEDS + (k + 1) * SHARD)
+    todo, done = sum(counts[k] for k in mine), 0
+    for k in mine:
+        about = [subjects[(k * SHARD + i) % len(subjects)] for i in range(counts[k])]
+        seeds = range(SEEDS + k * SHARD, SEEDS + k * SHARD + counts[k])
         drawn: list[Array] = []
         named: Mapping[str, Any] = {}
         if subjects != [None]:
             named = {"prompts" if model.tokenizer is not None else "labels": about}
         for one in trajectories(teacher, way, seeds, guidance=scale, batch=how.batch, calls=False, **named):
             drawn.append(one.latent)
-            share = (number + sum(map(len, drawn)) / SHARD) / len(mine)
-            yield Progress("latents", share, f"{round(share * len(mine) * SHARD)} of {len(mine) * SHARD}")
+            done += len(one.latent)
+            yield Progress("latents", done / todo, f"{done} of {todo}")
         write_shard(files[k], {"latent": np.concatenate(drawn)})
     processes.meet()
     latents = np.concatenate([_read(file)["latent"] for file in files])[: how.number]
@@ -221,7 +223,7 @@ def _read(file: Path) -> dict[str, Array]:
     return found
 
 
-def _in_precision(model: Model, precision: str) -> Model:
+def in_precision(model: Model, precision: str) -> Model:
     """The model with a denoiser that computes in bfloat16 where that was asked for."""
     if precision == "float32":
         return model
