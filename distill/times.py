@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from ..model.libraries import torch
 from ..model.model import Model
 from ..model.training import Turn
@@ -13,7 +15,7 @@ from ..runtime.grids import at_resolution
 from ..runtime.process import EDM, Array, DiscreteVP, Process
 from ..runtime.times import make_times
 
-__all__ = ["drawn_times", "random_times", "spaced"]
+__all__ = ["drawn_times", "random_times", "spaced", "stage_times"]
 
 Tensor = Any
 
@@ -41,6 +43,23 @@ def drawn_times(model: Model, steps: int) -> Array:
     return make_times(
         "auto", steps, process, at_resolution(grid, sample.height * sample.width // sample.multiple**2)
     )
+
+
+def stage_times(model: Model, steps: int) -> Array:
+    """[2 steps + 1] times of twice the steps, falling to 0, of which every other one is a time of `steps`.
+
+    Raises BadInput for a model whose grids do not lie in each other like that.
+    """
+    if isinstance(model.process, DiscreteVP):
+        return make_times("trailing", 2 * steps, model.process)
+    times = drawn_times(model, 2 * steps)
+    if not np.allclose(times[::2], drawn_times(model, steps), rtol=1e-6, atol=0):
+        raise BadInput(
+            f"{model.name}, whose {steps} steps are no half of its {2 * steps}",
+            expected="even times: discrete noise levels, or a flow without a scheduler of its own",
+            fix="pcm in place of progressive",
+        )
+    return times
 
 
 def spaced(model: Model) -> Model:

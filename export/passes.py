@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from dataclasses import replace
 
+from ..distill.dmd2 import DMD2
 from ..distill.features import Recover
 from ..distill.guidance import DistillGuidance
 from ..distill.lcm import LCM
 from ..distill.pcm import PCM
+from ..distill.progressive import Progressive
 from ..distill.tdm import TDM
 from ..distill.tiny_decoder import TinyDecoder
 from ..model import Context, Model, Pass
@@ -31,7 +33,9 @@ PASSES: Mapping[str, type[Pass]] = {
     "guidance": DistillGuidance,
     "lcm": LCM,
     "pcm": PCM,
+    "progressive": Progressive,
     "tdm": TDM,
+    "dmd2": DMD2,
     "sparsify": Sparsify,
     "tiny_decoder": TinyDecoder,
     "split_upsampling": SplitUpsampling,
