@@ -189,16 +189,19 @@ def fake_loss(
     t: Tensor,
     condition: Condition,
     weight: Tensor | float = 1.0,
+    *,
+    cap: float | None = SNR_CAP,
 ) -> Tensor:
-    """The squared error of the fake's output at (x, t), whose clean sample is x0, weighted with min(1, 5 / SNR).
+    """The squared error of the fake's output at (x, t), whose clean sample is x0, weighted with min(1, cap / SNR).
 
-    For a network that predicts noise this is min-SNR-5; the others keep the error they were trained with.
+    For a network that predicts noise this is min-SNR; the others keep the error they were trained with.
     """
     alpha, sigma = denoising.signal(t)
     noise = (x - alpha * x0) / sigma
     error = (denoising.output(fake, x, t, condition) - denoising.target(x0, noise, t)).square()
-    least = (SNR_CAP * sigma.square() / alpha.square()).clamp(max=1.0)
-    return (weight * least * error).mean()
+    if cap is not None:
+        weight = weight * (cap * sigma.square() / alpha.square()).clamp(max=1.0)
+    return (weight * error).mean()
 
 
 def listed(steps: int, also: Sequence[int]) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..model.libraries import torch
 from ..model.model import Context, Model
-from ..model.training import Latents, Lesson, Training, Turn
+from ..model.training import Batch, Latents, Lesson, Training, Turn
 from ..runtime.errors import BadInput
 from ..runtime.progress import Progress
 from .matching import (
@@ -83,14 +83,15 @@ class TDM:
         grids = [step_times(model, steps) for steps in listed(self.steps, self.also)]
 
         def lesson(setting: Setting) -> Lesson:
+            kept: list[Segment] = []
             return Lesson(
                 {"student": setting.student, "fake": fake_of(setting.teacher)},
                 {
-                    "student": lambda turn: tdm_loss(turn, setting, self, grids),
-                    "fake": lambda turn: tdm_fake_loss(turn, setting, self, grids),
+                    "student": lambda turn: tdm_loss(turn, setting, self, grids, kept),
+                    "fake": lambda turn: tdm_fake_loss(turn, setting, self, grids, kept),
                 },
                 setting.key,
-                turns=lambda step: ("fake",) * self.fake_turns + ("student",),
+                turns=lambda step: ("student", *("fake",) * self.fake_turns),
                 rates={"fake": self.fake_rate},
                 betas=BETAS,
                 frozen=(setting.teacher,),
@@ -115,32 +116,51 @@ BETAS = (0.0, 0.95)
 """Of AdamW, for both networks: the official code's."""
 
 
-def tdm_loss(turn: Turn, at: Setting, how: TDM, grids: Sequence[Tensor]) -> Mapping[str, Tensor]:
-    """The student's: its clean estimate moves to where teacher and fake agree about the segment."""
-    step = leap(turn, at, turn.student, _grid(turn, grids), learns=True)
-    x, t, _ = _segment(turn, at, step)
-    towards = pull(at, turn.networks["fake"], step.estimate.x0, x, t, turn.batch)
+@dataclass(frozen=True)
+class Segment:
+    """What a step of the student leaves behind at its end, noised to a time of that step's own segment."""
+
+    batch: Batch
+    step: Leap
+    x: Tensor
+    t: Tensor
+    added: Tensor
+    """The noise since the end of the step."""
+
+
+def tdm_loss(
+    turn: Turn, at: Setting, how: TDM, grids: Sequence[Tensor], kept: list[Segment] | None = None
+) -> Mapping[str, Tensor]:
+    """The student's: its clean estimate moves to where teacher and fake agree about the segment.
+
+    kept  gets what was drawn: the fake's turn after this one learns from it
+    """
+    one = _segment(turn, at, _grid(turn, grids), learns=True)
+    if kept is not None:
+        kept.append(one)
+    x0 = one.step.estimate.x0
+    towards = pull(at, turn.networks["fake"], x0, one.x, one.t, turn.batch)
     return {
-        "pull": followed(step.estimate.x0, towards, how.huber_c),
-        "apart": (towards.difference.square().mean().sqrt()),
+        "pull": followed(x0, towards, how.huber_c),
+        "apart": towards.difference.square().mean().sqrt(),
     }
 
 
-def tdm_fake_loss(turn: Turn, at: Setting, how: TDM, grids: Sequence[Tensor]) -> Mapping[str, Tensor]:
-    """The fake's: it denoises what the student's steps leave behind."""
-    step = leap(turn, at, turn.student, _grid(turn, grids), learns=False)
-    x, t, added = _segment(turn, at, step)
-    x0, weight = step.estimate.x0, torch().ones(1)
-    (alpha, sigma), (alpha_s, sigma_s) = at.denoising.signal(t), at.denoising.signal(step.s)
-    fresh = (sigma.square() - (alpha / alpha_s * sigma_s).square()).clamp(min=0).sqrt()
+def tdm_fake_loss(
+    turn: Turn, at: Setting, how: TDM, grids: Sequence[Tensor], kept: list[Segment] | None = None
+) -> Mapping[str, Tensor]:
+    """The fake's: it denoises what the student's steps leave behind; what was kept, if anything."""
+    one = kept.pop(0) if kept else _segment(turn, at, _grid(turn, grids), learns=False)
+    x0, x = one.step.estimate.x0.detach(), one.x
+    (alpha, sigma), (alpha_s, sigma_s) = at.denoising.signal(one.t), at.denoising.signal(one.step.s)
     if how.target == "noise":
-        x0 = (x - sigma.square() / fresh.clamp(min=1e-8) * added) / alpha
-        weight = (fresh / sigma).square()
+        fresh = (sigma.square() - (alpha / alpha_s * sigma_s).square()).clamp(min=0).sqrt()
+        x0 = (x - sigma.square() / fresh.clamp(min=1e-8) * one.added) / alpha
+        weight = (fresh / sigma).square()  # of one unit of noise, whatever came before it
     else:
-        mixed = (x - alpha * x0) / sigma
-        weight = _gaussian(mixed, added)
-    fake = turn.networks["fake"]
-    return {"denoising": fake_loss(at.denoising, fake, x0, x, t, turn.batch.condition, weight.to(x.device))}
+        weight = _gaussian((x - alpha * x0) / sigma, one.added)
+    condition = one.batch.condition
+    return {"denoising": fake_loss(at.denoising, turn.networks["fake"], x0, x, one.t, condition, weight)}
 
 
 def _grid(turn: Turn, grids: Sequence[Tensor]) -> Tensor:
@@ -148,13 +168,12 @@ def _grid(turn: Turn, grids: Sequence[Tensor]) -> Tensor:
     return grids[int(torch().randint(len(grids), (1,), generator=turn.random))]
 
 
-def _segment(turn: Turn, at: Setting, step: Leap) -> tuple[Tensor, Tensor, Tensor]:
-    """What the step leaves behind at its end s, noised to a time of its own segment: x, that time, the noise."""
-    low = step.s.clamp(min=least(at.denoising))
-    t = between(at.denoising, turn, low, step.t)
+def _segment(turn: Turn, at: Setting, times: Tensor, *, learns: bool) -> Segment:
+    step = leap(turn, at, turn.student, times, learns=learns)
+    t = between(at.denoising, turn, step.s.clamp(min=least(at.denoising)), step.t)
     added = turn.normal(step.x)
     end = at.denoising.ddim(step.estimate, step.s).detach()
-    return diffused(at.denoising, end, step.s, t, added), t, added
+    return Segment(turn.batch, step, diffused(at.denoising, end, step.s, t, added), t, added)
 
 
 def _gaussian(mixed: Tensor, added: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from ..distill.dmd2 import DMD2
 from ..distill.features import Recover
 from ..distill.guidance import DistillGuidance
 from ..distill.lcm import LCM
+from ..distill.lcm_lora import LCMLora
 from ..distill.pcm import PCM
 from ..distill.progressive import Progressive
 from ..distill.tdm import TDM
@@ -32,6 +33,7 @@ PASSES: Mapping[str, type[Pass]] = {
     "recover": Recover,
     "guidance": DistillGuidance,
     "lcm": LCM,
+    "lcm_lora": LCMLora,
     "pcm": PCM,
     "progressive": Progressive,
     "tdm": TDM,
