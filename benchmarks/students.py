@@ -12,6 +12,7 @@ with every sampler that could be best there, guided (two calls a step) and not.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import time
@@ -32,7 +33,6 @@ from fewstep.model.trajectories import trajectories
 from fewstep.runtime.plan import plan
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "models" / "train"))
 TEACHER = ROOT / "models" / "emoji-64"
 BATCH = 32
 SAMPLERS = ("ddim", "dpmpp_2m", "unipc", "deis", "heun", "er_sde")
@@ -43,8 +43,7 @@ def recognised(
     model: Model, steps: int, guidance: float | None = None, sampler: str = "model", seeds: int = 1
 ) -> dict[str, Any]:
     """Share of pictures ranked first, and in the first five."""
-    import scorer
-
+    scorer, _ = trainers()
     rows, network, captions = judge()
     core = [i for i, row in enumerate(rows) if row["core"]] * seeds
     if sampler == "model":
@@ -80,17 +79,27 @@ def recognised(
 
 
 @cache
-def judge() -> tuple[list[dict[str, Any]], Any, Any]:
-    import scorer
+def trainers() -> tuple[Any, Any]:
+    """models/train's scorer and render, which have a module `common` of their own."""
+    ours = sys.modules.pop("common")
+    sys.path.insert(0, str(ROOT / "models" / "train"))
+    try:
+        return importlib.import_module("scorer"), importlib.import_module("render")
+    finally:
+        sys.path.pop(0)
+        sys.modules["common"] = ours
 
+
+@cache
+def judge() -> tuple[list[dict[str, Any]], Any, Any]:
+    scorer, _ = trainers()
     rows = json.loads((ROOT / "models" / "emoji-64-scorer" / "captions.json").read_text())
     return rows, *scorer.load()
 
 
 @torch.no_grad()
 def pictures(model: Model, latents: Any) -> torch.Tensor:
-    import render
-
+    _, render = trainers()
     decoder, sample = model.parts["vae_decoder"].module, model.sample
     found = []
     for begin in range(0, len(latents), BATCH):
