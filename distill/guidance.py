@@ -50,6 +50,10 @@ class Scales:
         if not self.high and (self.low or self.baked):
             raise BadInput("low or baked of scales without high", expected="a range of scales")
 
+    def unbaked(self) -> Scales:
+        """What the training depends on: it is one for all that may be baked."""
+        return replace(self, baked=0.0)
+
     def learner(self, network: Module) -> Module:
         """What is trained: the network, told the scale where there is a range."""
         if not self.high:
@@ -118,11 +122,8 @@ class DistillGuidance:
                 frozen=(setting.teacher,),
             )
 
-        every = replace(
-            self, scales=replace(self.scales, baked=0.0)
-        )  # one training for all that may be baked
         trained = yield from taught(
-            every,
+            replace(self, scales=self.scales.unbaked()),
             model,
             ctx,
             self.latents,

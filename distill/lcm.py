@@ -6,7 +6,7 @@ Luo et al. 2023, "Latent Consistency Models" <arXiv:2310.04378>, algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..model.libraries import torch
@@ -15,10 +15,12 @@ from ..model.training import Latents, Lesson, Training, Turn
 from ..runtime.errors import BadInput
 from ..runtime.process import DiscreteVP
 from ..runtime.progress import Progress
+from .guidance import Scales
 from .losses import pseudo_huber
-from .student import Setting, few_step_scheduler, made, taught
+from .solver import Solver, teacher_step
+from .student import Setting, few_step_scheduler, made, taught, teacher_of
 
-__all__ = ["LCM", "boundary", "consistency", "lcm_loss"]
+__all__ = ["LCM", "boundary", "check_process", "consistency", "lcm_loss"]
 
 Tensor = Any
 
@@ -39,6 +41,9 @@ class LCM:
     """Of the DDIM grid that the teacher steps on: the paper's skip of 20 of 1000 levels."""
     huber_c: float = 1e-3
     """Of the pseudo-Huber loss, as in diffusers' training script."""
+    scales: Scales = Scales()  # noqa: RUF009 - frozen
+    """A range of guidance in place of the one scale, as in the paper (5 to 15 there)."""
+    solver: Solver = Solver()  # noqa: RUF009 - frozen
     latents: Latents = Latents()  # noqa: RUF009 - frozen
     training: Training = Training(steps=2000, rate=1e-4, average=0.95)  # noqa: RUF009 - frozen
 
@@ -53,12 +58,9 @@ class LCM:
 
     def __call__(self, model: Model, ctx: Context) -> Generator[Progress, None, Model]:
         """Raises BadInput for a model without discrete noise levels, a teacher that does not fit, a loss turned NaN."""
-        if not isinstance(model.process, DiscreteVP):
-            raise BadInput(
-                f"lcm for {model.name}, whose process is {model.process.to_json()['kind']}",
-                expected="discrete noise levels: the boundary condition counts in timesteps",
-                fix="tdm or pcm in its place",
-            )
+        check_process("lcm", model)
+        own = self.guidance or teacher_of(model, ctx).guidance.scale
+        self.scales.chosen(own)
 
         def lesson(setting: Setting) -> Lesson:
             return Lesson(
@@ -69,10 +71,29 @@ class LCM:
             )
 
         trained = yield from taught(
-            self, model, ctx, self.latents, self.training, lesson, stage="lcm", guidance=self.guidance
+            replace(self, scales=self.scales.unbaked()),
+            model,
+            ctx,
+            self.latents,
+            self.training,
+            lesson,
+            stage="lcm",
+            guidance=self.guidance,
+            student=self.scales.learner,
         )
+        network = self.scales.left(trained.student, own)
         scheduler = few_step_scheduler(model, "LCMScheduler")
-        return made(self, model, trained, scheduler=scheduler, steps=self.steps)
+        return made(self, model, trained, network=network, scheduler=scheduler, steps=self.steps)
+
+
+def check_process(name: str, model: Model) -> None:
+    """Raises BadInput for a model without discrete noise levels."""
+    if not isinstance(model.process, DiscreteVP):
+        raise BadInput(
+            f"{name} for {model.name}, whose process is {model.process.to_json()['kind']}",
+            expected="discrete noise levels: the boundary condition counts in timesteps",
+            fix="tdm or pcm in its place",
+        )
 
 
 def lcm_loss(turn: Turn, at: Setting, how: LCM) -> Mapping[str, Tensor]:
@@ -82,10 +103,12 @@ def lcm_loss(turn: Turn, at: Setting, how: LCM) -> Mapping[str, Tensor]:
     n = turn.integers(0, how.intervals)
     t, s = (n + 1) * width, th.clamp(n * width, min=1.0)  # level 0, time 1: the cleanest the network knows
     x = denoising.noised(batch.x0, turn.normal(batch.x0), t)
+    w = how.scales.draw(turn, at.guidance)
+    x_s = teacher_step(turn, denoising, at.teacher, x, t, s, batch.condition, w, how.solver)
+    condition = how.scales.told(batch.condition, w)
     with th.no_grad():
-        step = denoising.guided(at.teacher, x, t, batch.condition, batch.nothing, at.guidance)
-        right = consistency(turn.average, at, denoising.ddim(step, s), s, batch.condition)
-    got = consistency(turn.student, at, x, t, batch.condition)
+        right = consistency(turn.average, at, x_s, s, condition)
+    got = consistency(turn.student, at, x, t, condition)
     return {"huber": pseudo_huber(got, right, how.huber_c)}
 
 

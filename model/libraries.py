@@ -15,13 +15,13 @@ __all__ = ["diffusers", "library", "quiet", "torch", "transformers"]
 
 
 def library(name: str) -> Any:
-    """Import a library of the `export` extra. Raises MissingExtra with the pip command."""
+    """Import a library of the `export` extra, or peft of `train`. Raises MissingExtra with the pip command."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name.partition(".")[0]:
             raise
-        raise MissingExtra.of(error.name, "export") from None
+        raise MissingExtra.of(error.name, "train" if error.name == "peft" else "export") from None
 
 
 def torch() -> Any:

@@ -10,7 +10,9 @@ from diffusers import LatentConsistencyModelPipeline  # noqa: E402
 from diffusers.models.embeddings import TimestepEmbedding  # noqa: E402
 
 from fewstep.distill.guidance import DistillGuidance, Scales, guidance_loss  # noqa: E402
+from fewstep.distill.lcm import LCM  # noqa: E402
 from fewstep.distill.scaled_network import ScaledNetwork, baked, scale_features  # noqa: E402
+from fewstep.distill.solver import Solver  # noqa: E402
 from fewstep.distill.student import Setting  # noqa: E402
 from fewstep.distill.times import drawn_times  # noqa: E402
 from fewstep.model import load  # noqa: E402
@@ -185,3 +187,17 @@ def test_the_scale_left_must_lie_in_the_range(tmp_path):
     model = toy(guidance=7.0)
     with pytest.raises(BadInput, match="while the teacher's own is 7.0"):
         next(DistillGuidance(scales=Scales(1, 4))(model, context(model, tmp_path)))
+
+
+def test_a_consistency_model_can_be_taught_a_range_of_scales_by_a_noisy_teacher(tmp_path):
+    model = toy(Embedded())
+    short = replace(TRAINED, steps=3, batch=4)
+    job = LCM(scales=Scales(1.5, 4.5), solver=Solver(eta=1.0, substeps=2), latents=LATENTS, training=short)
+    made = finish(job(model, context(model, tmp_path)))
+    assert module(made).state_dict().keys() == module(model).state_dict().keys()
+    assert (made.guidance.scale, made.scheduler["_class_name"]) == (1.0, "LCMScheduler")
+    x, labels = starts(8)
+    other = finish(replace(job, scales=Scales(1.5, 4.5, 4.0))(model, context(model, tmp_path)))
+    assert len(list(tmp_path.glob("lcm-*.checkpoint"))) == 1
+    time = torch.full((8,), 500.0)
+    assert not torch.equal(module(made)(x, time, labels), module(other)(x, time, labels))
