@@ -7,7 +7,8 @@ whole images are compared with the original pipeline's, equal seeds. The numbers
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -227,12 +228,33 @@ def draw_by_diffusers(model: Model, manifest: Manifest, steps: int, count: int) 
     if "num_images_per_prompt" in arguments:
         arguments = {"batch_size": arguments["num_images_per_prompt"]}
     generators = [th.Generator("cpu").manual_seed(SEED + i) for i in range(count)]
-    with quiet(), th.no_grad():
+    with quiet(), th.no_grad(), _no_class(pipeline, manifest.classes):
         pipeline.set_progress_bar_config(disable=True)
         images = pipeline(
             **arguments, generator=generators, num_inference_steps=steps, output_type="np"
         ).images
     return np.asarray(images)
+
+
+@contextmanager
+def _no_class(pipeline: Any, classes: int | None) -> Iterator[None]:
+    """Inside, a DiTPipeline draws models of any number of classes: diffusers 0.42 always asks for label 1000 where it
+    means "no class", which is right for ImageNet's alone.
+    """
+    if classes is None:
+        yield
+        return
+
+    def mend(
+        network: Any, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, named | {"class_labels": named["class_labels"].clamp(max=classes)}
+
+    hook = pipeline.transformer.register_forward_pre_hook(mend, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _arguments(manifest: Manifest, count: int) -> dict[str, Any]:
