@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from .backends import Session
 from .manifest import PartSpec
 from .plan import Time
 from .process import Array
+from .step import Denoise
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,20 @@ class Denoiser:
                 feeds[spec.name] = np.asarray(condition[spec.name], dtype=spec.dtype)
         name = self.spec.outputs[0].name
         return self.session.run(feeds, [name])[name]
+
+
+def by_graph(denoiser_of: Callable[[str], Denoiser]) -> Denoise:
+    """For plans that call several graphs: each row by the denoiser of its graph, asked for whenever that changes."""
+    graph, current = "", None
+
+    def denoise(x: Array, t: float) -> Array:
+        nonlocal graph, current
+        assert isinstance(t, Time), "a Denoiser needs the row of the plan, which Plan.run hands to it"
+        if current is None or t.call.graph != graph:
+            graph, current = t.call.graph, denoiser_of(t.call.graph)
+        return current(x, t)
+
+    return denoise
 
 
 def network_inputs(spec: PartSpec) -> dict[str, Any]:

@@ -184,6 +184,13 @@ class Manifest:
     files: Mapping[str, FileSpec] = field(default_factory=dict)
     """Every file of the bundle but the manifest itself."""
 
+    @property
+    def graphs(self) -> dict[str, str]:
+        """What a plan's rows may call -> its part: "denoiser", and by name every part with the denoiser's inputs."""
+        wanted = [tensor.name for tensor in self.parts[self.denoiser].inputs]
+        alike = [n for n, part in self.parts.items() if [tensor.name for tensor in part.inputs] == wanted]
+        return {"denoiser": self.denoiser, **{name: name for name in alike if name != self.denoiser}}
+
     @classmethod
     def from_json(cls, data: str | bytes | JSON) -> Manifest:
         """Read what `to_json` wrote, as text or already parsed.

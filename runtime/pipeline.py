@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from .backends import Session, open_session
 from .bundle import Bundle
-from .denoiser import Denoiser, network_inputs
+from .denoiser import Denoiser, by_graph, network_inputs
 from .errors import Cancelled, MissingExtra
 from .given import bring, encode
 from .grids import Grid
@@ -25,7 +25,7 @@ from .manifest import Manifest
 from .noise import Noise
 from .plan import Plan
 from .process import Array
-from .request import check, choose_plan, guidance_of, shape_of, subjects_of
+from .request import check, check_graphs, choose_plan, guidance_of, shape_of, subjects_of
 from .step import Step
 from .tiling import Tiling, tiling
 
@@ -196,8 +196,9 @@ class Pipeline:
         if image is None:
             check(strength is None and mask_image is None, "strength or mask_image without image", "an image")
         else:
-            check(plan is None, "a plan and an image", "one or the other")
-            strength = (0.8 if mask_image is None else 1.0) if strength is None else strength  # as diffusers
+            check(plan is None or strength is None, "a plan and a strength", "one: a plan has its own start")
+            if strength is None and plan is None:
+                strength = 0.8 if mask_image is None else 1.0  # as diffusers
         table = (
             plan
             if isinstance(plan, Plan)
@@ -212,6 +213,7 @@ class Pipeline:
                 guidance_scale=guidance_scale,
             )
         )
+        check_graphs(self.manifest, table)
         prompts, labels = subjects_of(self.manifest, prompt, class_labels, num_images_per_prompt)
         n = len(prompts or labels or range(num_images_per_prompt))
         scale = guidance_of(self.manifest, guidance_scale)
@@ -232,16 +234,25 @@ class Pipeline:
 
         brought = bring(image, mask_image, observation, n, shape, self.manifest.sample, self._encode_image)
         self._release("vae_encoder")
-        name = self.manifest.denoiser
-        session, part = self._open(name), self.manifest.parts[name]
+        parts, graphs = self.manifest.parts, self.manifest.graphs
+        takes_observation = "observation" in network_inputs(parts[self.manifest.denoiser])
         for inputs in (condition, unconditional):
-            if (
-                inputs is not None
-                and brought.observation is not None
-                and "observation" in network_inputs(part)
-            ):
+            if inputs is not None and brought.observation is not None and takes_observation:
                 inputs["observation"] = brought.observation
-        denoise = Denoiser(session, part, condition, unconditional, scale, brought.observation)
+        wanted = {graphs[call.graph] for call in table.calls}
+
+        def denoiser_of(graph: str) -> Denoiser:
+            name = graphs[graph]
+            for other in wanted - {name}:
+                self._release(other)
+            return Denoiser(
+                self._open(name), parts[name], condition, unconditional, scale, brought.observation
+            )
+
+        for name in wanted if not self.low_memory else {graphs[table.calls[0].graph]}:
+            self._open(name)
+        denoise = by_graph(denoiser_of)
+        loaded = self._load_s
         denoise_start = mark = time.perf_counter()
         timesteps = [call.timestep for call in table.calls if call.next is not None]
         step_s = []
@@ -254,9 +265,10 @@ class Pipeline:
             if self._stop:
                 raise Cancelled(f"interrupted after step {step.index + 1} of {table.states}")
             mark = time.perf_counter()
-        denoise_s = time.perf_counter() - denoise_start
-        del denoise, session
-        self._release(name)
+        denoise_s = time.perf_counter() - denoise_start - (self._load_s - loaded)
+        del denoise
+        for name in wanted:
+            self._release(name)
 
         loaded_2 = self._load_s
         decode_start = time.perf_counter()

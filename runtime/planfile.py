@@ -9,6 +9,7 @@ from typing import Any
 
 from .errors import PlanError
 from .linear import Term, Terms
+from .manifest import IDENTIFIER
 from .plan import MAX_CALLS, Call, Plan
 from .policy import policies_from_json
 from .times import check_steps
@@ -50,7 +51,8 @@ _FIELDS = {"t", "timestep", "input", "scale", "x0", "next", "graph", "guided", "
 def _call(row: Any, k: int, states: int) -> Call:
     if not isinstance(row, Mapping) or set(row) != _FIELDS:
         raise PlanError(f"call {k} of a plan", expected=f"the fields {', '.join(sorted(_FIELDS))}")
-    if not isinstance(row["graph"], str) or not isinstance(row["guided"], bool):
+    named = isinstance(row["graph"], str) and IDENTIFIER.fullmatch(row["graph"])
+    if not named or not isinstance(row["guided"], bool):
         raise PlanError(f"call {k} of a plan", expected="graph as a name and guided as true or false")
     if not isinstance(row["x0"], list) or len(row["x0"]) != 3:
         raise PlanError(f"call {k} of a plan", expected="x0 as three numbers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from .manifest import Manifest
 from .plan import Plan, plan
 from .process import process_from_json
 
-__all__ = ["check", "choose_plan", "guidance_of", "shape_of", "subjects_of"]
+__all__ = ["check", "check_graphs", "choose_plan", "guidance_of", "shape_of", "subjects_of"]
 
 MAX_SIDE = 4096
 """Pixels. Past this a latent model needs tens of gigabytes; a larger number is a typing error."""
@@ -77,7 +78,26 @@ def choose_plan(
         prediction=manifest.prediction,
         grid=grid,
     )
-    return made
+    if default is None or len({call.graph for call in default.calls}) == 1:
+        return made
+    # each of the default plan's calls speaks for the times down to the next one's
+    rows = []
+    for call in made.calls:
+        above = [d for d in default.calls if d.t >= call.t] or default.calls[:1]
+        rows.append(replace(call, graph=min(above, key=lambda d: d.t).graph))
+    return replace(made, calls=tuple(rows))
+
+
+def check_graphs(manifest: Manifest, table: Plan) -> None:
+    """Raises PlanError for a plan that calls a denoiser the bundle has not."""
+    known = manifest.graphs
+    for call in table.calls:
+        if call.graph not in known:
+            raise PlanError(
+                f"a plan that calls the graph {call.graph!r}",
+                expected=" or ".join(known),
+                fix="export the bundle with that denoiser too (fewstep export --stitch SMALL_MODEL)",
+            )
 
 
 def subjects_of(

@@ -1,6 +1,6 @@
 """Make runtime/spec/golden/plans.json: python tests/runtime/golden_plans.py
 
-For every sampler and process: a plan, what it is run on, and the states that any port must reproduce to 1e-5 in
+For every sampler and process, and for two networks: a plan, what it is run on, and the states that any port must reproduce to 1e-5 in
 float32. The network is arithmetic every language has: out = 0.6 z / (1 + |z|) + 0.1 timestep / (1 + |timestep|).
 """
 
@@ -25,6 +25,7 @@ from fewstep.runtime.conditional import (
 )
 from fewstep.runtime.errors import PlanError
 from fewstep.runtime.policy import Clip, Threshold, with_learned_variance, with_policies, with_time_shift
+from fewstep.runtime.two_graphs import stitched
 
 FILE = Path(__file__).parents[2] / "runtime/spec/golden/plans.json"
 STEPS = 5
@@ -32,7 +33,7 @@ SHAPE = (2, 8)
 """A batch of two, so that what is done per sample shows; 16 values are the fewest the noise contract defines."""
 NETWORK = (
     "out = 0.6 * z / (1 + abs(z)) + 0.1 * timestep / (1 + abs(timestep)), with z = scale * input; "
-    "a learned variance's output is out too"
+    "a learned variance's output is out too; the graph named small gives half of that"
 )
 
 SD15 = DiscreteVP.from_schedule("scaled_linear", 0.00085, 0.012, 1000)
@@ -56,8 +57,9 @@ CONDITIONAL = {
 }
 
 
-def network(z: Any, timestep: float) -> Any:
-    return 0.6 * z / (1 + np.abs(z)) + 0.1 * timestep / (1 + abs(timestep))
+def network(z: Any, timestep: float, graph: str = "denoiser") -> Any:
+    out = 0.6 * z / (1 + np.abs(z)) + 0.1 * timestep / (1 + abs(timestep))
+    return out / 2 if graph == "small" else out
 
 
 def states(table: Plan, case: dict[str, Any], dtype: Any) -> list[Any]:
@@ -65,7 +67,7 @@ def states(table: Plan, case: dict[str, Any], dtype: Any) -> list[Any]:
 
     def denoise(x: Any, t: Any) -> Any:
         a, b, y = t.call.x0
-        out = network(t.call.scale * x, t.timestep)
+        out = network(t.call.scale * x, t.timestep, t.call.graph)
         t.variance = out
         return (a * x + b * out + (y * given[0] if y else 0)).astype(dtype)
 
@@ -92,6 +94,7 @@ def plans() -> Iterator[tuple[str, Plan]]:
     yield "ddim / threshold", with_policies(ddim, Threshold(0.9, 1.5))
     yield "ddim / time_shift", with_time_shift(ddim, SD15)
     yield "ddpm / learned_variance", with_learned_variance(plan("ddpm", STEPS, SD15), SD15)
+    yield "dpmpp_2m / two_graphs", stitched(plan("dpmpp_2m", STEPS, SD15), 0.4)
 
 
 def make() -> dict[str, Any]:

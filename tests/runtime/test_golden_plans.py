@@ -27,7 +27,7 @@ def inputs(case):
 def test_every_sampler_process_and_policy_has_a_case():
     samplers, others = zip(*(name.split(" / ") for name in CASES), strict=True)
     assert set(samplers) == set(SAMPLERS)
-    assert {*CONDITIONAL, *POLICIES, *golden_plans.UNCONDITIONAL} == set(others)
+    assert {*CONDITIONAL, *POLICIES, *golden_plans.UNCONDITIONAL, "two_graphs"} == set(others)
     assert list(CASES) == list(TRACED), "run python tests/runtime/golden_plans.py"
 
 
