@@ -23,8 +23,9 @@ __all__ = ["Discriminator", "Head", "Opinion", "middle", "opinion", "seen_at", "
 Tensor = Any
 Module = Any
 
-GROUPS = 32
-"""Of the head's normalization, as in SDXL-Lightning."""
+GROUPS, TOGETHER = 32, 16
+"""Groups of the head's normalization, as in SDXL-Lightning, fewer where less than so many channels would share one:
+a channel alone on a map of one cell is always zero."""
 
 
 def middle(network: Module) -> str:
@@ -83,12 +84,13 @@ class Head(torch.nn.Module):  # type: ignore[misc]
 
     def __init__(self, channels: int, width: int, size: int) -> None:
         super().__init__()
+        groups = max(n for n in range(1, GROUPS + 1) if width % n == 0 and (width // n >= TOGETHER or n == 1))
         layers: list[Module] = []
         while size >= 2 or not layers:
             kernel, stride, margin = (4, 2, 1) if size >= 2 else (1, 1, 0)
             layers += [
                 torch.nn.Conv2d(channels, width, kernel, stride, margin),
-                torch.nn.GroupNorm(math.gcd(GROUPS, width), width),
+                torch.nn.GroupNorm(groups, width),
                 torch.nn.SiLU(),
             ]
             channels, size = width, size // 2

@@ -8,10 +8,12 @@ from dataclasses import replace
 from ..distill.dmd2 import DMD2
 from ..distill.features import Recover
 from ..distill.guidance import DistillGuidance
+from ..distill.ict import ICT
 from ..distill.lcm import LCM
 from ..distill.lcm_lora import LCMLora
 from ..distill.pcm import PCM
 from ..distill.progressive import Progressive
+from ..distill.sid import SiD
 from ..distill.tdm import TDM
 from ..distill.tiny_decoder import TinyDecoder
 from ..model import Context, Model, Pass
@@ -36,8 +38,10 @@ PASSES: Mapping[str, type[Pass]] = {
     "lcm_lora": LCMLora,
     "pcm": PCM,
     "progressive": Progressive,
+    "ict": ICT,
     "tdm": TDM,
     "dmd2": DMD2,
+    "sid": SiD,
     "sparsify": Sparsify,
     "tiny_decoder": TinyDecoder,
     "split_upsampling": SplitUpsampling,
