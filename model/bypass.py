@@ -75,9 +75,9 @@ class ThinBlock(nn.Module):  # type: ignore[misc]
     def __init__(self, block: Any, kept: frozenset[str]) -> None:
         super().__init__()
         self.only_cross_attention = block.only_cross_attention
-        self.norm1, self.attn1 = (block.norm1, block.attn1) if "attn1" in kept else (None, None)
-        self.norm2, self.attn2 = (block.norm2, block.attn2) if "attn2" in kept else (None, None)
-        self.norm3, self.ff = (block.norm3, block.ff) if "ff" in kept else (None, None)
+        for norm, name in (("norm1", "attn1"), ("norm2", "attn2"), ("norm3", "ff")):
+            setattr(self, norm, getattr(block, norm) if name in kept else None)
+            setattr(self, name, getattr(block, name) if name in kept else None)
 
     def forward(
         self,
@@ -141,8 +141,10 @@ class ThinModulatedBlock(nn.Module):  # type: ignore[misc]
     def __init__(self, block: Any, kept: frozenset[str]) -> None:
         super().__init__()
         self.norm1 = ThinModulation(block.norm1, {"attn1": 0, "ff": 1}[min(kept)] if kept else None)
-        self.norm, self.attn1 = (block.norm1.norm, block.attn1) if "attn1" in kept else (None, None)
-        self.norm3, self.ff = (block.norm3, block.ff) if "ff" in kept else (None, None)
+        self.norm = block.norm1.norm if "attn1" in kept else None
+        self.attn1 = block.attn1 if "attn1" in kept else None
+        self.norm3 = block.norm3 if "ff" in kept else None
+        self.ff = block.ff if "ff" in kept else None
 
     def forward(
         self,

@@ -17,7 +17,7 @@ from ..model.model import Part
 from ..model.structure import network_of, part_with, removable, structure_of
 from ..runtime.errors import BadInput
 
-__all__ = ["BK_SDM", "bk_sdm_part", "by_hand"]
+__all__ = ["BK_SDM", "bk_sdm_part", "by_hand", "smaller_config"]
 
 BK_SDM = ("bk_sdm_base", "bk_sdm_small", "bk_sdm_tiny")
 
@@ -34,14 +34,12 @@ def bk_sdm_part(part: Part, cut: str) -> Part:
         raise BadInput(f"{cut} of a {kind}", expected="a U-Net of diffusers")
     if structure_of(network).removed:
         raise BadInput(f"{cut} of a network that blocks were cut out of", expected="one that is whole")
-    config, names = _smaller(network, cut)
+    config, names = smaller_config(network, cut)
     with quiet(), torch().device("meta"):
         smaller = type(network).from_config(config)
     weights = network.state_dict()
     state = {name: weights[_origin(name, names)].clone() for name in smaller.state_dict()}
     smaller.load_state_dict(state, assign=True)
-    for mine, old in ((smaller, network),):
-        mine.train(old.training)
     return part_with(part, smaller)
 
 
@@ -50,12 +48,12 @@ def by_hand(part: Part) -> tuple[str, ...]:
     block, then stages from the innermost outwards; what a unit holds comes with it. Raises BadInput for no U-Net.
     """
     network = network_of(part)
+    if not hasattr(network, "down_blocks"):
+        raise BadInput(f"BK-SDM's order of a {type(network).__name__}", expected="a U-Net")
     kinds = [
         path for path, kind in removable(network).items() if kind in ("residual", "transformer", "attention")
     ]
     outer = [path for path in kinds if ".transformer_blocks." not in path]
-    if not hasattr(network, "down_blocks"):
-        raise BadInput(f"BK-SDM's order of a {type(network).__name__}", expected="a U-Net")
     stages = len(network.down_blocks)
 
     def rank(path: str) -> tuple[int, int, int]:
@@ -72,7 +70,7 @@ def by_hand(part: Part) -> tuple[str, ...]:
     return tuple(sorted(outer, key=rank))
 
 
-def _smaller(network: Any, cut: str) -> tuple[dict[str, Any], dict[str, str]]:
+def smaller_config(network: Any, cut: str) -> tuple[dict[str, Any], dict[str, str]]:
     """The configuration, and by prefix where the names of its weights differ from the old network's."""
     config = {key: value for key, value in network.config.items() if not key.startswith("_")}
     stages = len(config["block_out_channels"])
@@ -103,8 +101,7 @@ def _smaller(network: Any, cut: str) -> tuple[dict[str, Any], dict[str, str]]:
             for what in ("resnets", "attentions"):
                 from_ = layers[number] if last else new
                 names[f"up_blocks.{stage}.{what}.{new}."] = f"up_blocks.{old}.{what}.{from_}."
-        for what in ("upsamplers",):
-            names[f"up_blocks.{stage}.{what}."] = f"up_blocks.{old}.{what}."
+        names[f"up_blocks.{stage}.upsamplers."] = f"up_blocks.{old}.upsamplers."
     keep = stages - lost
     for key, value in config.items():
         if isinstance(value, list | tuple) and len(value) == stages:

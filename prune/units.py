@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..model.model import Part
-from ..model.structure import bypassed, network_of, removable, shadow
+from ..model.structure import bypassed, network_of, part_with, removable, shadow
 from ..runtime.errors import BadInput
-from .flops import layer_multiplications
+from .flops import layer_multiplications, multiplications
 
 __all__ = ["Unit", "find_units"]
 
@@ -40,15 +40,18 @@ def find_units(part: Part) -> tuple[Unit, ...]:
         )
     work = {path.removeprefix("network."): count for path, count in layer_multiplications(part).items()}
     sizes = _sizes(network)
-    copied = shadow(network)
+    copied = part_with(part, shadow(network))
     units = []
     for path, kind in kinds.items():
-        with bypassed(copied, [path]):
-            left = _sizes(copied)
+        with bypassed(network_of(copied), [path]):
+            left = _sizes(network_of(copied))
+            # DiT's first block: what stays of it runs once, and no longer twice
+            again = multiplications(copied) if path == "transformer_blocks.0" else None
         parameters = sum(sizes.values()) - sum(left.values())
         count = sum(n - n * left.get(at, 0) // sizes[at] for at, n in work.items() if at in sizes)
         # the products of an attention, which have no weights, go with its first layer
         count += sum(n for at, n in work.items() if at not in sizes and f"{at}.to_q" not in left)
+        count = count if again is None else sum(work.values()) - again
         units.append(Unit(path, kind, parameters, count, _holder(path, kinds)))
     return tuple(units)
 
