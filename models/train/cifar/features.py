@@ -62,11 +62,11 @@ def _convolution(before: int, after: int, stride: int) -> tuple[nn.Module, ...]:
 
 def load() -> FeatureNet:
     """The committed network, in float32."""
-    net = FeatureNet(json.loads((FEATURES / "config.json").read_text())["channels"])
-    net.load_state_dict(
-        {k: v.float() for k, v in load_file(FEATURES / "model.safetensors").items()}, strict=False
-    )
-    return net.eval()
+    settings = json.loads((FEATURES / "config.json").read_text())
+    net = FeatureNet(settings["channels"], len(settings["classes"]), settings["scale"])
+    weights = {name: tensor.float() for name, tensor in load_file(FEATURES / "model.safetensors").items()}
+    net.load_state_dict(weights, strict=False)  # the counts of batches are not stored
+    return net.eval().to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
