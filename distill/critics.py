@@ -18,7 +18,7 @@ from ..model.training import Denoising
 from ..runtime.errors import BadInput
 from .features import stages
 
-__all__ = ["Discriminator", "Head", "Opinion", "middle", "opinion", "seen_at", "verdict"]
+__all__ = ["Discriminator", "Head", "Opinion", "middle", "network_inputs", "opinion", "seen_at", "verdict"]
 
 Tensor = Any
 Module = Any
@@ -157,7 +157,7 @@ def opinion(
     denoising: Denoising, critic: Module, x: Tensor, t: Tensor, condition: Mapping[str, Tensor]
 ) -> Tensor:
     """[batch] logits of an Opinion about x at process time t."""
-    return critic(*_inputs(denoising, x, t), *condition.values())[1].float()
+    return critic(*network_inputs(denoising, x, t), *condition.values())[1].float()
 
 
 def verdict(
@@ -167,11 +167,11 @@ def verdict(
     condition: Mapping[str, Tensor],
 ) -> Tensor:
     """[batch] logits of a Discriminator about samples (x, t) seen together."""
-    flat = [tensor for x, t in looks for tensor in _inputs(denoising, x, t)]
+    flat = [tensor for x, t in looks for tensor in network_inputs(denoising, x, t)]
     return critic(list(condition.values()), *flat).float()
 
 
-def _inputs(denoising: Denoising, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+def network_inputs(denoising: Denoising, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Sample and time as networks take them."""
     times = t.detach().cpu().numpy()
     scale = torch.as_tensor(denoising.process.input_scale(times), dtype=torch.float32, device=x.device)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from dataclasses import replace
 
+from ..distill.adversarial import Adversarial
 from ..distill.dmd2 import DMD2
 from ..distill.features import Recover
 from ..distill.guidance import DistillGuidance
 from ..distill.ict import ICT
 from ..distill.lcm import LCM
 from ..distill.lcm_lora import LCMLora
+from ..distill.mmd import MMD
 from ..distill.pcm import PCM
 from ..distill.progressive import Progressive
 from ..distill.sid import SiD
@@ -39,9 +41,11 @@ PASSES: Mapping[str, type[Pass]] = {
     "pcm": PCM,
     "progressive": Progressive,
     "ict": ICT,
+    "adversarial": Adversarial,
     "tdm": TDM,
     "dmd2": DMD2,
     "sid": SiD,
+    "mmd": MMD,
     "sparsify": Sparsify,
     "tiny_decoder": TinyDecoder,
     "split_upsampling": SplitUpsampling,
