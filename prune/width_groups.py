@@ -1,7 +1,6 @@
 """Which rows and columns of a denoiser's weights go together when it gets narrower, and the cut itself.
 
-What lies inside a block can go without anyone outside noticing, and what goes together there is known for each kind of
-block, so that nothing has to be traced:
+What lies inside a block can go without anyone outside noticing, and what goes together is known for each kind of block:
 
     channels  of a residual block, between its two convolutions: rows of conv1, of time_emb_proj and of norm2, columns
               of conv2. A unit is a whole group of norm2: what remains is normalized exactly as before, which dropping
@@ -9,11 +8,12 @@ block, so that nothing has to be traced:
     heads     of an attention: rows of to_q, to_k and to_v, columns of to_out.
     ffn       of a feed-forward net: rows of the first layer (GEGLU: value and gate), columns of the second.
 
-The widths between blocks are left alone. Torch-Pruning 1.6.1 finds what is tied there, and rightly, by tracing (tried
-on emoji-64, on a UNet2DModel and on a DiT: swapping channels in all that it says is tied changes nothing), but its cuts
-do not run: the groups of a GroupNorm no longer divide its width, UpsampleND and DownsampleND compare their input with a
-`channels` it does not set, DiT's position embedding is a buffer it does not see. Nor is there an exact cut to be had:
-the norms behind a skip connection mix channels of both its ends in one group, LayerNorms take means over all of them.
+The widths between blocks are left alone. Torch-Pruning 1.6.1 finds by tracing what is tied there, and finds it right
+(tried on emoji-64, a UNet2DModel and a DiT: two channels swapped in all that it says is tied change nothing), but its
+cuts do not run: a GroupNorm keeps a number of groups that no longer divides it, Downsample2D and Upsample2D assert
+`channels` that it does not set, and DiT's position embedding is a buffer that it does not see. Nor can what is left be
+as before: the norms behind a skip connection mix channels of both its ends in one group, and LayerNorms take their
+means over all channels. Inside the blocks, where cuts can be exact, nothing has to be traced.
 """
 
 from __future__ import annotations
