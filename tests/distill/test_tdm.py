@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the export extra")
@@ -9,8 +10,10 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 from fewstep.distill.matching import step_times, walked  # noqa: E402
 from fewstep.distill.tdm import TDM, tdm_fake_loss, tdm_loss  # noqa: E402
 from fewstep.export.passes import PASSES  # noqa: E402
+from fewstep.export.plans import plan_of  # noqa: E402
 from fewstep.model.training import Training  # noqa: E402
 from fewstep.runtime.errors import BadInput  # noqa: E402
+from fewstep.runtime.process import EDM, RectifiedFlow  # noqa: E402
 
 from .analytic import PROCESS, context, finish, model_of  # noqa: E402
 from .toys import Exact, Gaussian, Knots, drawn, setting_of, turn_of  # noqa: E402
@@ -105,9 +108,18 @@ def test_one_student_may_be_made_for_several_numbers_of_steps(tmp_path):
     assert done.history[-1]["also"] == [1]
 
 
-def test_times_are_those_the_scheduler_draws_at():
-    model = model_of(Knots())
-    assert step_times(model, 4).tolist() == [1000, 750, 500, 250, 0]
+@pytest.mark.parametrize(
+    ("process", "prediction"), [(PROCESS, "v_prediction"), (RectifiedFlow(), "flow"), (EDM(), "sample")]
+)
+def test_it_is_drawn_at_the_times_it_was_trained_at_whatever_the_process(tmp_path, process, prediction):
+    model = model_of(Knots(), process=process, prediction=prediction)
+    job = TDM(steps=2, training=replace(QUICK, steps=2, batch=8))
+    done = finish(job(model, context(model, tmp_path)))
+    plan = plan_of(done, "model", 2)
+    assert [call.t for call in plan.calls] == pytest.approx(step_times(model, 2)[:-1].tolist(), rel=1e-5)
+    x = np.ones((1, 16, 1, 1), np.float32)
+    states = [step.x for step in plan.run(lambda x, t: 0 * x + 3, plan.start(x))]
+    assert states[-1] == pytest.approx(3, abs=1e-5)  # the last step ends at the clean estimate
 
 
 @pytest.mark.parametrize(
