@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import tempfile
 import time
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import save
+from common import RESULTS, save
 
 from fewstep.export import onnx as lowering
 from fewstep.export.plans import plan_of
@@ -73,14 +74,15 @@ class Bench:
         return round(10 * float(np.log10(np.mean(self.right**2) / max(error, 1e-30))), 2)
 
 
-def quality(bench: Bench) -> dict[str, Any]:
+def quality(bench: Bench, criteria: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """rows: of criteria that an earlier run measured."""
     part, network = bench.part, network_of(bench.part)
     groups = find_groups(network)
     saved = {group.name: float(group.weights) for group in groups}
     total, work = part.parameters(), multiplications(part)
     seen = result(moments(bench.model, network, groups, bench.plan, range(SEEDS, SEEDS + SAMPLES), 4))
-    rows = []
-    for criterion in CRITERIA:
+    rows = [row for row in rows if row["criterion"].partition(",")[0] not in criteria]
+    for criterion in criteria:
         file = bench.ctx.store / f"{criterion}.safetensors"
         begun = time.perf_counter()
         scores = result(importance(bench.model, network, groups, criterion, bench.plan, SAMPLES, 0, file))
@@ -120,23 +122,16 @@ def speed(bench: Bench) -> dict[str, Any]:
     import onnxruntime
 
     variants = {"uncut": bench.part}
-    for ratio, of, round_to in (
-        (0.25, "parameters", 8),
-        (0.5, "parameters", 8),
-        (0.5, "parameters", 1),
-        (0.5, "parameters", 16),
-        (0.25, "multiplications", 8),
-    ):
-        job = CutWidths(ratio=ratio, of=of, round_to=round_to, criterion="magnitude", refit=False)
-        variants[f"{ratio:g} of {of}, multiples of {round_to}"] = result(job(bench.model, bench.ctx)).parts[
+    for ratio, round_to in ((0.25, 8), (0.5, 8), (0.5, 1)):
+        job = CutWidths(ratio=ratio, round_to=round_to, criterion="magnitude", refit=False)
+        variants[f"{ratio:.0%} gone, multiples of {round_to}"] = result(job(bench.model, bench.ctx)).parts[
             "unet"
         ]
-    for name, pattern in (("80 % zeros", ""), ("2:4 zeros", "2:4")):
-        module = copy.deepcopy(bench.part.module)
-        for layer in sparse_layers(module, Pattern.of(pattern or "1x1"))[0]:
-            weight = module.get_parameter(layer)
-            weight.data *= n_of_m_mask(weight, 2, 4) if pattern else magnitude_mask(weight, 0.8)
-        variants[name] = replace(bench.part, module=module)
+    module = copy.deepcopy(bench.part.module)
+    for layer in sparse_layers(module, Pattern())[0]:
+        weight = module.get_parameter(layer)
+        weight.data *= magnitude_mask(weight, 0.8)
+    variants["80 % zeros"] = replace(bench.part, module=module)
     sessions, times = {}, {}
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -155,7 +150,7 @@ def speed(bench: Bench) -> dict[str, Any]:
     kinds = {i.name: i.type for i in sessions["uncut"].get_inputs()}
     if "int64" in kinds["timestep"]:
         feeds["timestep"] = feeds["timestep"].astype(np.int64)
-    for turn in range(60):
+    for turn in range(50):
         for name, session in sessions.items():
             begun = time.process_time()
             session.run(None, feeds)
@@ -217,11 +212,17 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("quality", "speed", "sparse"))
     parser.add_argument("--steps", type=int, default=200, help="of the training in sparse")
+    parser.add_argument(
+        "--criteria", nargs="+", choices=CRITERIA, help="only these in quality; others are kept"
+    )
     chosen = parser.parse_args()
+    kept = []
+    if chosen.what == "quality" and chosen.criteria and (file := RESULTS / "widths_quality.json").exists():
+        kept = json.loads(file.read_text())["rows"]
     with tempfile.TemporaryDirectory() as store:
         bench = Bench(Path(store))
         found = {
-            "quality": lambda: quality(bench),
+            "quality": lambda: quality(bench, chosen.criteria or list(CRITERIA), kept),
             "speed": lambda: speed(bench),
             "sparse": lambda: sparse(bench, chosen.steps),
         }[chosen.what]()
