@@ -157,7 +157,8 @@ class ThinModulatedBlock(nn.Module):  # type: ignore[misc]
         class_labels: Tensor | None = None,
         added_cond_kwargs: Any = None,
     ) -> Tensor:
-        norm, half = (self.norm, self.attn1) if self.attn1 is not None else (self.norm3, self.ff)
+        norm: Any = self.norm3 if self.attn1 is None else self.norm
+        half: Any = self.ff if self.attn1 is None else self.attn1
         if half is None:
             return hidden_states
         shift, scale, gate = self.norm1(timestep, class_labels, hidden_states.dtype)

@@ -7,7 +7,16 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the export extra")
 pytest.importorskip("diffusers", reason="needs the export extra")
 
-from fewstep.model.structure import bypassed, network_of, removable, without  # noqa: E402
+from fewstep.model.libraries import quiet  # noqa: E402
+from fewstep.model.structure import (  # noqa: E402
+    bypassed,
+    network_of,
+    part_with,
+    removable,
+    restructure,
+    structure_of,
+    without,
+)
 from fewstep.prune.flops import layer_multiplications, multiplications  # noqa: E402
 from fewstep.prune.units import find_units  # noqa: E402
 from fewstep.runtime.errors import BadInput  # noqa: E402
@@ -131,6 +140,20 @@ def test_samplers_and_ends_are_no_units():
     for name in removable(network_of(text_unet())):
         assert "samplers" not in name
         assert not name.startswith("conv_")
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_structure_and_weights_alone_rebuild_a_cut_network(make):
+    part = make()
+    paths = [unit.path for unit in find_units(part)]
+    smaller = without(part, paths[::5])
+    network = network_of(smaller)
+    state = network.state_dict()
+    with quiet():
+        again = type(network).from_config(network_of(part).config).eval()
+    restructure(again, structure_of(network), {name: tuple(tensor.shape) for name, tensor in state.items()})
+    again.load_state_dict(state)
+    assert torch.equal(output(part_with(part, again)), output(smaller))
 
 
 def test_a_path_that_is_no_block_is_refused():

@@ -36,12 +36,16 @@ def test_a_model_becomes_a_smaller_folder_that_can_be_cut_again(main, tiny_sd, t
     assert "parameters" in text
 
 
-def test_a_curve_is_a_row_for_every_criterion_and_ratio_that_can_be_had(main, tiny_sd, tmp_path):
+def test_a_curve_is_a_row_for_every_criterion_and_ratio_that_can_be_had(main, tiny_sd, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "fewstep.tools.prune.CURVE_RATIOS", (0.2, 0.4, 0.99)
+    )  # the last is more than there is
     out = tmp_path / "curve"
     code, _, err = main("prune", tiny_sd, "-o", out, "--curve", "--samples", 1, "--steps", 1)
     assert code == 0, err
     rows = json.loads((out / "curve.json").read_text())
     assert {row["criterion"] for row in rows} >= {"laptop", "ld_pruner", "magnitude", "random"}
+    assert {row["asked"] for row in rows} == {0.2, 0.4}
     for row in rows:
         assert row["parameters_left"] <= 1 - row["asked"] + 1e-4
     assert len((out / "curve.csv").read_text().splitlines()) == len(rows) + 1
