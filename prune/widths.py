@@ -48,7 +48,7 @@ class CutWidths:
     """Share of every layer that stays; emoji-64 at ratio 0.5 is 1.9 dB nearer to itself than with 0.25."""
     round_to: int = 8
     """Widths become multiples of it, for engines that work in tiles. On ONNX Runtime on x86 it gains nothing (0.73 of
-    the time against 0.72), and it costs nothing: emoji-64 at ratio 0.5 is 0.2 dB nearer to itself with 8 than with 1."""
+    the time against 0.72), and costs nothing: emoji-64 at ratio 0.5 is 0.2 dB nearer to itself with 8 than with 1."""
     refit: bool = True
     """Let what stays say what it can of what went, and with the criterion `output` count for a unit only what the
     others cannot say."""
