@@ -13,6 +13,7 @@ import numpy as np
 from ..model.fingerprint import model_fingerprint
 from ..model.libraries import diffusers, quiet
 from ..model.model import Context, Model, Part, Pass
+from ..model.pairs import check_alike
 from ..model.schedulers import grid_of
 from ..model.training import (
     Denoising,
@@ -26,7 +27,6 @@ from ..model.training import (
     prepare_samples,
     train,
 )
-from ..runtime.errors import BadInput
 from ..runtime.progress import Progress, within
 
 __all__ = [
@@ -137,27 +137,8 @@ def _undrawn(teacher: Model, latents: Latents) -> Samples:
 def teacher_of(model: Model, ctx: Context) -> Model:
     """Whom the student learns from. Raises BadInput where the two cannot be compared."""
     teacher = model if ctx.teacher is None else ctx.teacher
-    mine, other = (_interface(one) for one in (model, teacher))
-    for what, found in mine.items():
-        if found != other[what]:
-            raise BadInput(
-                f"student {model.name} and teacher {teacher.name} differ in {what}: {found} and {other[what]}",
-                expected="a student of the same latents, noise and conditions",
-                fix="take the model that the student was made from as --teacher",
-            )
+    check_alike(model, teacher, fix="take the model that the student was made from as --teacher")
     return teacher
-
-
-def _interface(model: Model) -> dict[str, Any]:
-    part = model.parts[model.denoiser]
-    return {
-        "task": model.task,
-        "inputs": [(spec.name, spec.shape) for spec in part.inputs],
-        "sample": model.sample,
-        "prediction": model.prediction,
-        "process": model.process.to_json(),
-        "classes": model.classes,
-    }
 
 
 def lesson_key(job: Pass, model: Model, teacher: Model, samples: Samples, seed: int) -> str:

@@ -18,7 +18,7 @@ from ..runtime.backends import runs_in
 from ..runtime.manifest import Manifest, PartSpec
 from ..targets import Target
 from . import child, gate, onnx, openvino
-from .plans import plan_of
+from .plans import plans_of
 from .preflight import LARGE_BYTES
 
 __all__ = ["Lowered", "check", "check_pipeline", "fixed", "here", "lower"]
@@ -167,7 +167,7 @@ def check_pipeline(
     count = 1 if dear else 2
     shown = manifest
     if dear and steps > GATE_STEPS:
-        short = plan_of(model, sampler, GATE_STEPS)
+        short = plans_of(model, sampler, GATE_STEPS)["default"]
         shown, steps = replace(manifest, plans={"default": short.to_json()}), GATE_STEPS
     if large:
         images, golden = child.call(gate.draw, folder, shown, count, work=work).value

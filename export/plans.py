@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..model.libraries import diffusers, quiet
@@ -13,8 +14,13 @@ from ..runtime.grids import at_resolution
 from ..runtime.manifest import GridSpec
 from ..runtime.plan import Plan, plan
 from ..runtime.process import DiscreteVP
+from ..runtime.two_graphs import SMALL, refining, stitched
 
-__all__ = ["plan_of", "traced_sampler"]
+__all__ = ["plan_of", "plans_of", "traced_sampler"]
+
+REFINING = 4
+"""Calls of the teacher for a picture of the student's that is refined: a few."""
+
 
 TRACED: Mapping[str, str] = {
     "DDIMScheduler": "ddim",
@@ -50,6 +56,32 @@ def plan_of(model: Model, sampler: str, steps: int) -> Plan:
     if name == "auto" and model.guidance.kind != "none":
         name = "auto_guided"
     return plan(name, steps, model.process, prediction=model.prediction, grid=_grid(model))
+
+
+def plans_of(model: Model, sampler: str, steps: int) -> dict[str, Plan]:
+    """Every plan a bundle carries, by name: "default", and for two denoisers of one latent space some more.
+
+    A stitched pair: default, full and small, which are of both networks and of each alone. A student and its teacher:
+    default and student, which are the student's own steps; refine, from the student's picture on; and full.
+    """
+    alone = plan_of(model, sampler, steps)
+    if model.small is None:
+        return {"default": alone}
+    small, share = model.small.model, model.small.share
+    distilled = model.guidance.scale != 1.0 and small.guidance.scale == 1.0  # guidance is in its weights
+    if share is not None:
+        both, one = (_unguided(stitched(alone, s), distilled) for s in (share, 1.0))
+        return {"default": both, "full": alone, "small": one}
+    student = _unguided(stitched(plan_of(small, "model", small.steps or steps), 1.0), distilled)
+    grid, process = _grid(model), model.process
+    refine = refining("dpmpp_2m", REFINING, process, prediction=model.prediction, grid=grid)
+    return {"default": student, "student": student, "refine": refine, "full": alone}
+
+
+def _unguided(table: Plan, distilled: bool) -> Plan:
+    """The plan whose calls of the small network are made without guidance, where that is in its weights."""
+    rows = (replace(c, guided=c.guided and not (distilled and c.graph == SMALL)) for c in table.calls)
+    return replace(table, calls=tuple(rows))
 
 
 def _grid(model: Model) -> GridSpec:

@@ -14,6 +14,7 @@ from typing import Any
 from ..model import Context, Model, load
 from ..model.families import with_image_encoder
 from ..model.load import Summary, summarize
+from ..model.pairs import check_alike, with_small
 from ..runtime.backends import require
 from ..runtime.bundle import Bundle, BundleWriter
 from ..runtime.files import remove, temporary_name
@@ -22,10 +23,11 @@ from ..runtime.plan import Plan, plan
 from ..runtime.process import DiscreteVP
 from ..runtime.progress import Progress
 from ..runtime.times import check_steps, find_grid
+from ..runtime.two_graphs import SHARE
 from ..targets import Target, load_target
-from . import child, gate, parts, preflight, sidefiles, speed
+from . import child, gate, parts, preflight, second, sidefiles, speed
 from .passes import configured, run_passes, steps_of
-from .plans import plan_of, traced_sampler
+from .plans import plan_of, plans_of, traced_sampler
 from .preflight import gib
 
 __all__ = ["Exported", "export_bundle"]
@@ -63,6 +65,8 @@ def export_bundle(
     optimize: bool = True,
     measure_speed: bool = True,
     image_input: bool = False,
+    small: str | Path | Model | None = None,
+    share: float | None = SHARE,
 ) -> Iterator[Progress | Exported]:
     """Make a bundle of a model for a target; yields what it does and, at the end, Exported.
 
@@ -79,6 +83,8 @@ def export_bundle(
     optimize        False: the graphs are what torch.onnx.export writes by itself, for comparison
     measure_speed   compare every part's speed with the un-optimized export's
     image_input     with the VAE's encoder, so that the bundle takes pictures to start from
+    small           a smaller model of the same latents, whose denoiser comes along: see plans_of for the plans
+    share           of the calls of the default plan that go to it; None: it is a student that draws alone
     Nothing appears at `out` before everything passed, whatever happens. Raises BadInput and its kinds for what the
     caller can mend, GateFailed where the graphs are not close enough to the original.
     """
@@ -107,6 +113,8 @@ def export_bundle(
 
     yield Progress("check", 0.0, str(source if not isinstance(source, Model) else source.name))
     summary = _summary(source, allow_download)
+    if small is not None:
+        summary = second.with_both(summary, _summary(small, allow_download), share)
     weights = {part: 4 * count for part, count in summary.weights.items()}
     needs = preflight.estimate(weights)
     preflight.check_target(weights, device)
@@ -125,6 +133,14 @@ def export_bundle(
                 if isinstance(source, Model)
                 else load(source, allow_download=allow_download, config=config)
             )
+            other = model
+            if small is not None:
+                other = (
+                    small
+                    if isinstance(small, Model)
+                    else load(small, allow_download=allow_download, config=config)
+                )
+                check_alike(other, model, ("small model", "large model"))
             clock.lap("load")
             if image_input:
                 model = with_image_encoder(model)
@@ -136,10 +152,15 @@ def export_bundle(
                 model, Context(device, first, work, store), sampler, steps, 0.02, 0.1
             )
             steps = steps_of(model, device, steps)
+            if small is not None:
+                context = Context(second.only_lowering(device), first, work, store)
+                other = yield from run_passes(other, context, sampler, None, 0.1, 0.1)
+                model = with_small(model, other, share)
             clock.lap("passes")
             if not device.limits.dynamic_shapes:
                 model = parts.fixed(model)
-            default = plan_of(model, sampler, steps)
+            plans = plans_of(model, sampler, steps)
+            default = plans["default"]
             specs: dict[str, PartSpec] = {}
             local: dict[str, PartSpec] = {}
             precisions: dict[str, str] = {}
@@ -189,7 +210,7 @@ def export_bundle(
                     speeds[part.name] = {"verdict": f"not measured: {why}"}
                 clock.lap(f"speed {part.name}")
             tokenizer = sidefiles.write_sidefiles(model, writer.folder)
-            manifest = _manifest(model, device, specs, default, sampler, tokenizer)
+            manifest = _manifest(model, device, specs, plans, sampler, tokenizer)
             yield Progress("gate pipeline", 0.87, f"{default.sampler}, {default.steps} steps, equal seeds")
             seen, golden = parts.check_pipeline(
                 model,
@@ -267,7 +288,7 @@ def _manifest(
     model: Model,
     target: Target,
     specs: Mapping[str, PartSpec],
-    default: Plan,
+    plans: Mapping[str, Plan],
     sampler: str,
     tokenizer: TokenizerSpec | None,
 ) -> Manifest:
@@ -279,7 +300,7 @@ def _manifest(
         denoiser=model.denoiser,
         parts=specs,
         sample=model.sample,
-        plans={"default": default.to_json()},
+        plans={name: table.to_json() for name, table in plans.items()},
         sampler=traced_sampler(model) if sampler == "model" else sampler,
         grid=model.grid,
         guidance=model.guidance,

@@ -18,7 +18,7 @@ from ..runtime.progress import Progress
 from ..targets import Target
 from .quantized import Quantized
 
-__all__ = ["Context", "Example", "Model", "Part", "Pass", "TokenizerFiles"]
+__all__ = ["Context", "Example", "Model", "Part", "Pass", "Small", "TokenizerFiles"]
 
 Array = NDArray[Any]
 
@@ -154,6 +154,8 @@ class Model:
     """Every pass so far, with all of its fields."""
     original: Any = None
     """The diffusers pipeline the parts came from: what the gate compares the bundle with."""
+    small: Small | None = None
+    """Whose denoiser the part "small" is; pairs.with_small puts it there."""
 
     def __iter__(self) -> Iterator[Part]:
         return iter(self.parts.values())
@@ -199,6 +201,15 @@ class Model:
             record |= {key: _plain(value) for key, value in dataclasses.asdict(done).items()}
         record |= measured
         return replace(self, parts={**self.parts, **parts}, history=(*self.history, record))
+
+
+@dataclass(frozen=True, eq=False)
+class Small:
+    """A model whose denoiser another model carries beside its own."""
+
+    model: Model
+    share: float | None
+    """Of the default plan's calls that go to it; None: it draws alone, in its own few steps."""
 
 
 def _plain(value: Any) -> Any:

@@ -6,18 +6,19 @@ Distillation trains on the latents at the end, quantization calibrates on the in
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.denoiser import Denoiser, network_inputs
+from ..runtime.denoiser import Denoiser, by_graph, network_inputs
 from ..runtime.errors import BadInput
 from ..runtime.manifest import PartSpec
 from ..runtime.noise import Noise
 from ..runtime.plan import Plan
+from ..runtime.two_graphs import SMALL
 from .libraries import quiet, torch, transformers
 from .model import Model, Part
 
@@ -75,8 +76,11 @@ def trajectories(
     guidance  None for the model's own scale
     calls     whether to keep what the denoiser is fed, which may be much
     Seed, prompt and guidance alike, the latent is that of a Pipeline on the exported bundle, but for rounding.
-    Raises BadInput for prompts or labels the model does not take, or a prompt too long for it.
+    Raises BadInput for prompts or labels the model does not take, a prompt too long for it, or a plan that calls a
+    denoiser the model has not.
     """
+    for graph in {call.graph for call in plan.calls}:
+        _part(model, graph)
     subjects = _subjects(model, len(seeds), prompts, labels)
     scale = model.guidance.scale if guidance is None else guidance
     scale = 1.0 if model.guidance.kind == "none" else scale
@@ -98,12 +102,30 @@ def trajectories(
                 if inputs is not None and "observation" in network_inputs(spec):
                     inputs["observation"] = observation
         session = _Recorder(part, keep=calls)
-        denoise = Denoiser(session, spec, condition, nothing, scale, observation)
+        denoiser = Denoiser(session, spec, condition, nothing, scale, observation)
+        denoise = by_graph(partial(_of_graph, model, denoiser, session))
         given = () if observation is None else (observation,)
         x = plan.start(latent, given)
         for step in plan.run(denoise, x, draw, given):
             x = step.x
         yield Trajectory(mine, about, texts, tuple(session.calls), x.astype(np.float32))
+
+
+def _of_graph(model: Model, denoiser: Denoiser, session: _Recorder, graph: str) -> Denoiser:
+    """The same denoiser by another graph; what is fed to all of them is kept in one list."""
+    return replace(denoiser, session=replace(session, part=_part(model, graph)))
+
+
+def _part(model: Model, graph: str) -> Part:
+    """What a plan's row calls by that name."""
+    name = model.denoiser if graph == "denoiser" else graph
+    if name not in model.parts:
+        raise BadInput(
+            f"a plan that calls the graph {graph!r}, for {model.name}",
+            expected="denoiser" + (f" or {SMALL}" if model.small else ""),
+            fix="put a small model beside it (with_small)",
+        )
+    return model.parts[name]
 
 
 def conditions_of(model: Model, subjects: Sequence[Any]) -> tuple[dict[str, Array], dict[str, Array] | None]:

@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..runtime.errors import BadInput
 from ..runtime.progress import Progress
+from ..runtime.two_graphs import SHARE
 from .console import Answer, human_bytes, needs, watch
 
 __all__ = ["add", "call", "describe"]
@@ -40,6 +42,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-input", action="store_true", help="with the VAE's encoder: start from pictures"
     )
+    parser.add_argument(
+        "--stitch",
+        metavar="MODEL[:SHARE]",
+        help="a smaller model of the same latents draws the first share of the calls (0.4)",
+    )
+    parser.add_argument(
+        "--student", metavar="MODEL", help="a few-step model of the same latents draws, and MODEL can refine"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is already there")
     parser.add_argument("--download", action="store_true", help="allow fetching a hub id")
     parser.add_argument("--no-speed", action="store_true", help="do not compare with the un-optimized export")
@@ -50,6 +60,7 @@ def call(args: argparse.Namespace) -> Answer:
     with needs("export"):
         from ..export import Exported, export_bundle
 
+    small, share = _second(args.stitch, args.student)
     events = export_bundle(
         args.model,
         args.target,
@@ -65,6 +76,8 @@ def call(args: argparse.Namespace) -> Answer:
         config=args.config,
         measure_speed=not args.no_speed,
         image_input=args.image_input,
+        small=small,
+        share=share,
     )
     seen = watch(events, "export", describe)
     done = seen[-1]
@@ -87,6 +100,21 @@ def call(args: argparse.Namespace) -> Answer:
         "peak_rss_bytes": dict(done.peak_rss_bytes),
     }
     return Answer(data, f"{done.path}: {manifest.name} for {args.target}, {human_bytes(size)}")
+
+
+def _second(stitch: str | None, student: str | None) -> tuple[str | None, float | None]:
+    """The model that comes along, and its share of the calls; None for a student, which draws alone."""
+    if stitch and student:
+        raise BadInput(
+            "--stitch and --student", expected="one of them", fix="a bundle has one small denoiser"
+        )
+    if not stitch:
+        return student, None
+    name, _, number = stitch.rpartition(":")  # arch:bk-sdm-small has a colon of its own
+    try:
+        return (name, float(number)) if name else (stitch, SHARE)
+    except ValueError:
+        return stitch, SHARE
 
 
 def describe(event: Progress | Any) -> tuple[float | None, str]:

@@ -22,6 +22,7 @@ from ..runtime.errors import BadInput
 from ..runtime.manifest import Manifest
 from ..runtime.pipeline import Pipeline
 from ..runtime.plan import Plan
+from ..runtime.request import check_graphs
 from .console import human_seconds, needs
 from .subjects import Subject, read_picture
 
@@ -56,20 +57,27 @@ class How:
 
 @dataclass
 class Tap:
-    """A session whose outputs are kept; with `leader` set it still computes, but gives the leader's outputs.
+    """Keeps the outputs of a bundle's denoisers; with `leader` set they still compute, but give the leader's outputs.
 
     Equal start noise and equal outputs make equal states, so that a sampler led this way visits the leader's states.
     """
 
-    inner: Session
     outputs: list[Array] = field(default_factory=list)
     leader: Sequence[Array] | None = None
 
+
+@dataclass(frozen=True)
+class Tapped:
+    """One of the sessions a tap is on."""
+
+    inner: Session
+    tap: Tap
+
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        found = self.inner.run(feeds, outputs)
+        found, tap = self.inner.run(feeds, outputs), self.tap
         name = next(iter(found))
-        given = found[name] if self.leader is None else self.leader[len(self.outputs)]
-        self.outputs.append(found[name])
+        given = found[name] if tap.leader is None else tap.leader[len(tap.outputs)]
+        tap.outputs.append(found[name])
         return {name: given.copy()}  # a guided denoiser writes into it
 
     def close(self) -> None:
@@ -145,13 +153,14 @@ def open_artist(
     """
     pipeline = _original(checkpoint, bundle) if checkpoint else Pipeline(bundle, threads=threads)
     manifest, sessions = pipeline.manifest, pipeline._sessions
-    name = manifest.denoiser
-    if name not in sessions:
-        spec = manifest.parts[name]
-        sessions[name] = open_session(pipeline.bundle.file(spec.graph), spec, threads=threads)
-    tap = sessions[name] = Tap(sessions[name])
+    plan, tap = pipeline.plan(how.steps, how.sampler, how.times, how.plan), Tap()
+    check_graphs(manifest, plan)
+    for name in {manifest.graphs[call.graph] for call in plan.calls}:
+        if name not in sessions:
+            spec = manifest.parts[name]
+            sessions[name] = open_session(pipeline.bundle.file(spec.graph), spec, threads=threads)
+        sessions[name] = Tapped(sessions[name], tap)
     own = 1.0 if manifest.guidance.kind == "none" else manifest.guidance.scale
-    plan = pipeline.plan(how.steps, how.sampler, how.times, how.plan)
     return Artist(label, pipeline, tap, plan, own if how.guidance is None else how.guidance)
 
 

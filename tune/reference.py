@@ -172,11 +172,12 @@ class References:
         if manifest.classes is not None:
             labels = np.linspace(0, manifest.classes - 1, n).astype(int).tolist()
         condition, nothing = pipeline._condition(prompts, None, labels, n, guided=scale != 1.0)
-        session, spec = pipeline._open(manifest.denoiser), manifest.parts[manifest.denoiser]
+        graphs = manifest.graphs
 
         def predict(x: Array, call: Call, which: Array) -> Array:
-            if call.graph != "denoiser":
-                raise PlanError(f"graph {call.graph!r}", expected="denoiser, the only one of this bundle")
+            if call.graph not in graphs:
+                raise PlanError(f"graph {call.graph!r}", expected=" or ".join(graphs))
+            session, spec = pipeline._open(graphs[call.graph]), manifest.parts[graphs[call.graph]]
             self.meter.samples += len(x)
             mine = {name: array[which] for name, array in condition.items()}
             none = None if nothing is None else {name: array[which] for name, array in nothing.items()}

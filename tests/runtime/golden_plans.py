@@ -1,7 +1,8 @@
 """Make runtime/spec/golden/plans.json: python tests/runtime/golden_plans.py
 
-For every sampler and process, and for two networks: a plan, what it is run on, and the states that any port must reproduce to 1e-5 in
-float32. The network is arithmetic every language has: out = 0.6 z / (1 + |z|) + 0.1 timestep / (1 + |timestep|).
+For every sampler and process, and for two networks: a plan, what it is run on, and the states that any port must
+reproduce to 1e-5 in float32. The network is arithmetic every language has: out = 0.6 z / (1 + |z|) + 0.1 timestep /
+(1 + |timestep|), half of it for the small one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Plans of two graphs: halves by hand, what is kept across the change, and who draws what is refused."""
 
+import re
 from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +96,14 @@ def test_a_step_of_two_calls_is_not_divided():
     graphs = [call.graph for call in table.calls]
     assert graphs == ["small"] * 4 + ["denoiser"] * 5
     assert table.calls[3].next is not None
+
+
+def test_the_example_in_the_docs_runs():
+    page = (Path(__file__).parents[2] / "docs" / "how-to-stitch.md").read_text()
+    names: dict = {}
+    exec(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0], names)
+    assert [call.t for call in names["anew"].calls] == [call.t for call in names["kept"].calls]
+    assert names["anew"].calls[8].next != names["kept"].calls[8].next
 
 
 def test_a_stitched_plan_survives_json():
