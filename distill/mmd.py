@@ -85,11 +85,16 @@ def mmd_loss(turn: Turn, at: Setting, times: Tensor, features: Features) -> Mapp
 
 
 def squared_mmd(x: Tensor, y: Tensor) -> Tensor:
-    """The unbiased estimate of MMD^2 (equation 4): x, y [batch, features]."""
+    """The unbiased estimate of MMD^2 (equation 4): x, y [batch, features].
+
+    x_i and y_i have one condition and so are alike: their pair is left out, as x_i with itself is.
+    """
     m = len(x)
-    inside = [cubic(z, z) for z in (x, y)]
-    own = sum(k.sum() - k.diagonal().sum() for k in inside) / (m * (m - 1))
-    return own - 2 * cubic(x, y).mean()
+
+    def others(k: Tensor) -> Tensor:
+        return (k.sum() - k.diagonal().sum()) / (m * (m - 1))
+
+    return others(cubic(x, x)) + others(cubic(y, y)) - 2 * others(cubic(x, y))
 
 
 def cubic(x: Tensor, y: Tensor) -> Tensor:

@@ -16,21 +16,10 @@ from fewstep.runtime.errors import BadInput  # noqa: E402
 from fewstep.runtime.process import RectifiedFlow  # noqa: E402
 
 from .analytic import PROCESS, context, finish, model_of  # noqa: E402
-from .toys import Gaussian, Knots, drawn, setting_of, turn_of  # noqa: E402
+from .toys import Constant, Gaussian, Knots, drawn, setting_of, turn_of  # noqa: E402
 
 MEAN, WIDTH = 0.7, 0.4
 QUICK = Training(steps=150, batch=64, rate=3e-2, warm=10, average=0.95, precision="float32")
-
-
-class Constant(torch.nn.Module):
-    """A clean estimate N(mean, width^2) out of the sample itself, which is standard noise."""
-
-    def __init__(self, mean, width):
-        super().__init__()
-        self.mean, self.width = (torch.nn.Parameter(torch.tensor(float(value))) for value in (mean, width))
-
-    def forward(self, sample, timestep):
-        return self.mean + self.width * sample
 
 
 def test_an_exact_fake_stays_and_another_moves():

@@ -10,21 +10,10 @@ from fewstep.model.training import Training  # noqa: E402
 from fewstep.runtime.errors import BadInput  # noqa: E402
 
 from .analytic import context, finish, model_of  # noqa: E402
-from .toys import Gaussian, Knots, drawn, setting_of, turn_of  # noqa: E402
+from .toys import Constant, Gaussian, Knots, drawn, setting_of, turn_of  # noqa: E402
 
 MEAN, WIDTH = 0.7, 0.4
 TIMES = torch.tensor([1000.0, 0.0])
-
-
-class Constant(torch.nn.Module):
-    """A clean estimate N(mean, width^2) out of the sample itself, which is standard noise."""
-
-    def __init__(self, mean, width):
-        super().__init__()
-        self.mean, self.width = (torch.nn.Parameter(torch.tensor(float(value))) for value in (mean, width))
-
-    def forward(self, sample, timestep):
-        return self.mean + self.width * sample
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])

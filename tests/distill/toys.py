@@ -47,6 +47,17 @@ class Knots(torch.nn.Module):
         return gain * sample + offset
 
 
+class Constant(torch.nn.Module):
+    """A clean estimate N(mean, width^2) out of the sample itself, which is standard noise."""
+
+    def __init__(self, mean, width):
+        super().__init__()
+        self.mean, self.width = (torch.nn.Parameter(torch.tensor(float(value))) for value in (mean, width))
+
+    def forward(self, sample, timestep):
+        return self.mean + self.width * sample
+
+
 class Exact(torch.nn.Module):
     """A student whose DDIM steps lead standard noise through the very distributions of N(mean, width^2), noised."""
 
