@@ -17,7 +17,7 @@ from ..model.model import Context, Model
 from ..model.training import Latents, Lesson, Training, Turn
 from ..runtime.errors import BadInput
 from ..runtime.progress import Progress
-from .matching import first, least, step_times
+from .matching import cleanest, diffused, first, step_times
 from .student import Setting, few_step_scheduler, made, taught
 from .times import spaced
 
@@ -158,22 +158,13 @@ def _verdict(
     """[batch] logits about an end, beside its beginning or alone; noised up to one of the looks."""
     from .critics import verdict
 
-    s = pair.s.clamp(min=least(at.denoising) if how.looks else _cleanest(at))
+    th, s = torch(), pair.s
     if how.looks:
-        shares = torch().tensor(how.looks, device=s.device)[turn.integers(0, len(how.looks))]
-        look = shares * at.denoising.process.t_max
-        higher = look > pair.s
-        s = torch().where(higher, look, s)
-        from .matching import diffused
-
-        noised = diffused(at.denoising, end, pair.s, torch().maximum(s, pair.s), turn.normal(end))
-        end = torch().where(higher.view(-1, *[1] * (end.ndim - 1)), noised, end)
+        look = th.tensor(how.looks, device=s.device)[turn.integers(0, len(how.looks))]
+        s = th.maximum(s, look * at.denoising.process.t_max)
+        end = diffused(at.denoising, end, pair.s, s, turn.normal(end))  # no noise where it is noisier already
+    s = s.clamp(min=cleanest(at.denoising))
     both: list[Look] = [(end, s)]
     if judge == "pairs":
         both.append((pair.x, pair.t))
     return verdict(at.denoising, critic, both, turn.batch.condition)
-
-
-def _cleanest(at: Setting) -> float:
-    """The least time a network was trained at: level 0 of a discrete model."""
-    return least(at.denoising) if at.denoising.process.t_max == 1.0 else 1.0

@@ -15,7 +15,7 @@ from typing import Any
 from ..model.libraries import torch
 from ..model.model import Model
 from ..model.training import Batch, Denoising, Estimate, Turn
-from ..runtime.process import EDM
+from ..runtime.process import EDM, DiscreteVP
 from .student import Setting
 from .times import drawn_times
 
@@ -24,6 +24,7 @@ __all__ = [
     "Leap",
     "Pull",
     "between",
+    "cleanest",
     "diffused",
     "fake_loss",
     "fake_of",
@@ -142,6 +143,14 @@ def least(denoising: Denoising) -> float:
     """The cleanest time at which anything is compared."""
     process = denoising.process
     return process.sigma_min if isinstance(process, EDM) else LEAST * process.t_max
+
+
+def cleanest(denoising: Denoising) -> float:
+    """The cleanest time a network was trained at: level 0 of a discrete model."""
+    process = denoising.process
+    if isinstance(process, EDM):
+        return process.sigma_min
+    return 1.0 if isinstance(process, DiscreteVP) else 1e-3 * process.t_max  # as flows end in diffusers
 
 
 def diffused(denoising: Denoising, x: Tensor, s: Tensor, t: Tensor, noise: Tensor) -> Tensor:
