@@ -17,17 +17,17 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from common import RESULTS, save
-from students import BATCH, TEACHER, judge, pictures
+from students import BATCH, TEACHER, embedded, judge, pictures, reference, sharpness, trainers
 
 from fewstep.export.plans import plan_of
-from fewstep.export.quality import share_interval
+from fewstep.export.quality import frechet_distance, share_interval
 from fewstep.model import Model, load
 from fewstep.model.pairs import with_small
 from fewstep.model.training.samples import in_precision
@@ -53,21 +53,27 @@ def drawn(model: Model, table: Plan, captions: list[str], guidance: float | None
     return latents, 1000 * (time.process_time() - began) / len(captions)
 
 
-def shown(ranks: Any) -> dict[str, Any]:
+def shown(ranks: Any, seen: torch.Tensor) -> dict[str, Any]:
+    """As students.recognised has them."""
+    theirs, laplacian = reference()
     first = int((ranks < 1).sum())
     low, high = share_interval(first, len(ranks))
-    return {"recognised": round(first / len(ranks), 4), "low": round(low, 4), "high": round(high, 4)}
+    return {
+        "recognised": round(first / len(ranks), 4),
+        "low": round(low, 4),
+        "high": round(high, 4),
+        "frechet": round(frechet_distance(theirs, embedded(seen)), 4),
+        "sharpness": round(sharpness(seen) / laplacian, 3),
+    }
 
 
-def stitch(args: argparse.Namespace) -> list[dict[str, Any]]:
-    import scorer
-
+def stitch(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    scorer, _ = trainers()
     model = pair(args.small)
     rows, network, captions = judge()
     core = [i for i, row in enumerate(rows) if row["core"]]
     whole = plan(SAMPLER, args.steps, model.process, prediction=model.prediction, grid=model.grid)
     times = [call.t for call in whole.calls] + [0.0]
-    found = []
     for share in args.shares:
         tables = {"kept": stitched(whole, share)}
         count = sum(call.graph == "small" for call in tables["kept"].calls)
@@ -78,18 +84,14 @@ def stitch(args: argparse.Namespace) -> list[dict[str, Any]]:
             tables["anew"] = stitched(whole, share, rest=rest)
         for history, table in tables.items():
             latents, spent = drawn(model, table, [rows[i]["caption"] for i in core])
-            ranks = scorer.ranks(network, captions, pictures(model, latents), torch.tensor(core))
+            seen = pictures(model, latents)
+            ranks = scorer.ranks(network, captions, seen, torch.tensor(core))
             row = {"small": str(args.small), "share": share, "history": history, "steps": args.steps}
-            row |= {**shown(ranks), "latent_core_ms": round(spent, 1)}
-            found.append(row)
-            print(json.dumps(row), flush=True)
-    return found
+            yield row | {**shown(ranks, seen), "latent_core_ms": round(spent, 1)}
 
 
-def route(args: argparse.Namespace) -> list[dict[str, Any]]:
-    import scorer
-    import tokenizer
-
+def route(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    scorer, _ = trainers()
     model, student = in_precision(load(TEACHER), "bfloat16"), load(args.small)
     rows, network, captions = judge()
     core = torch.tensor([i for i, row in enumerate(rows) if row["core"]])
@@ -98,21 +100,22 @@ def route(args: argparse.Namespace) -> list[dict[str, Any]]:
     latents, student_ms = drawn(in_precision(student, "bfloat16"), quick, words)
     seen = pictures(model, latents)
     with torch.no_grad():
-        texts = network.embed_tokens(torch.from_numpy(tokenizer.encode(words).astype(np.int64)))
+        texts = network.embed_tokens(torch.from_numpy(scorer.tokenizer.encode(words).astype(np.int64)))
         scores = (network.embed_images(seen) * texts).sum(1).numpy()
     before = scorer.ranks(network, captions, seen, core)
     bad = np.flatnonzero(scores < cutoff_for_rate(scores.tolist(), args.rate))
     table = refining("dpmpp_2m", REFINING, model.process, prediction=model.prediction, grid=model.grid)
     refined, teacher_ms = refine(model, table, latents[bad], [words[i] for i in bad])
     latents[bad] = refined
-    after = scorer.ranks(network, captions, pictures(model, latents), core)
-    found = []
-    for name, ranks, rate in (("student", before, 0.0), ("routed", after, args.rate)):
-        row = {"small": str(args.small), "what": name, "steps": quick.steps, "rate": rate, **shown(ranks)}
-        row |= {"latent_core_ms": round(student_ms + rate * teacher_ms, 1)}
-        found.append(row)
-        print(json.dumps(row), flush=True)
-    return found
+    mended = pictures(model, latents)
+    after = scorer.ranks(network, captions, mended, core)
+    for name, ranks, drew, rate in (
+        ("student", before, seen, 0.0),
+        ("routed", after, mended, args.rate),
+    ):
+        row = {"small": str(args.small), "what": name, "steps": quick.steps, "rate": rate}
+        row |= shown(ranks, drew)
+        yield row | {"latent_core_ms": round(student_ms + rate * teacher_ms, 1)}
 
 
 def refine(model: Model, table: Plan, latents: Any, words: list[str]) -> tuple[Any, float]:
@@ -159,12 +162,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     name = "routing" if args.route else "stitching"
     file = RESULTS / f"{name}.json"
-    before = json.loads(file.read_text())["rows"] if file.exists() else []
-    rows = route(args) if args.route else stitch(args)
-    save(
-        name,
-        {"command": "python benchmarks/stitching.py " + " ".join(sys.argv[1:]), "rows": [*before, *rows]},
-    )
+    rows = json.loads(file.read_text())["rows"] if file.exists() else []
+    for row in route(args) if args.route else stitch(args):
+        print(json.dumps(row), flush=True)
+        rows.append(row)  # each takes minutes
+        save(name, {"command": "python benchmarks/stitching.py " + " ".join(sys.argv[1:]), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -214,6 +214,8 @@ class Pipeline:
             )
         )
         check_graphs(self.manifest, table)
+        starts = image is None or table.givens > (observation is not None)
+        check(starts, "an image for a plan that starts from noise", "one or the other")
         prompts, labels = subjects_of(self.manifest, prompt, class_labels, num_images_per_prompt)
         n = len(prompts or labels or range(num_images_per_prompt))
         scale = guidance_of(self.manifest, guidance_scale)

@@ -10,7 +10,7 @@ import pytest
 
 from fewstep.runtime import DiscreteVP, Pipeline, Plan, Time, plan
 from fewstep.runtime.bundle import Bundle
-from fewstep.runtime.errors import PlanError
+from fewstep.runtime.errors import BadInput, PlanError
 from fewstep.runtime.manifest import Manifest, PartSpec, SampleSpec, TensorSpec
 from fewstep.runtime.samplers import SAMPLERS
 from fewstep.runtime.two_graphs import cutoff_for_rate, refining, route, stitched
@@ -232,6 +232,22 @@ def test_a_plan_that_calls_what_the_bundle_has_not_is_refused(toys, tmp_path, mo
     pipeline, _ = opened(PLANS, {"unet": toys["unet"]}, tmp_path, monkeypatch)
     with pytest.raises(PlanError, match="calls the graph 'small'; expected denoiser; fix: .* --stitch"):
         pipeline(**ASKED)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"plan": "full"}, "an image for a plan that starts from noise; expected one or the other"),
+        ({"plan": "refine", "strength": 0.5}, "a plan and a strength"),
+    ],
+)
+def test_a_plan_starts_from_a_sample_only_where_it_says_so(options, said, toys, tmp_path, monkeypatch):
+    plans = {**PLANS, "refine": refining("ddim", 3, PROCESS)}
+    pipeline, _ = opened(plans, toys, tmp_path, monkeypatch)
+    x = start().astype(np.float32)
+    with pytest.raises(BadInput, match=said):
+        pipeline(**ASKED, image=x, **options)
+    assert toys["unet"].fed == []
 
 
 # routing
