@@ -189,7 +189,7 @@ class Manifest:
         """What a plan's rows may call -> its part: "denoiser", and by name every part with the denoiser's inputs."""
         wanted = [tensor.name for tensor in self.parts[self.denoiser].inputs]
         alike = [n for n, part in self.parts.items() if [tensor.name for tensor in part.inputs] == wanted]
-        return {"denoiser": self.denoiser, **{name: name for name in alike if name != self.denoiser}}
+        return {**{name: name for name in alike if name != self.denoiser}, "denoiser": self.denoiser}
 
     @classmethod
     def from_json(cls, data: str | bytes | JSON) -> Manifest:
