@@ -5,8 +5,13 @@
 
 Recognised: the scorer of models/emoji-64-scorer, which took no part in any training, ranks the caption a picture was
 drawn from first among all 1,355. 255 core captions, `seeds` noises each, torch in bfloat16 (the decoder in float32),
-one thread; intervals are Wilson's. `share` draws with each folder's own scheduler, `baselines` the teacher at few calls
-with every sampler that could be best there, guided (two calls a step) and not.
+one thread; intervals are Wilson's. Blurred pictures are recognised, too, the teacher's in one unguided call at 98 %:
+the share alone tells students badly apart. Beside it: the Frechet distance of the scorer's embeddings to those of
+1,020 pictures the teacher drew from other noise (16 steps of DPM-Solver++(2M), guided), `frechet`, to compare at equal
+numbers of pictures with the teacher's own; and `sharpness`, the mean square of the Laplacian over that of those.
+
+`share` draws with each folder's own scheduler, `baselines` the teacher at few calls with every sampler that could be
+best there, guided (two calls a step) and not.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import argparse
 import importlib
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from functools import cache
@@ -26,16 +32,19 @@ import torch
 from common import RESULTS, save
 
 from fewstep.export.plans import plan_of
-from fewstep.export.quality import share_interval
+from fewstep.export.quality import frechet_distance, share_interval
 from fewstep.model import Model, load
+from fewstep.model.training import Latents, prepare_samples
 from fewstep.model.training.samples import in_precision
 from fewstep.model.trajectories import trajectories
 from fewstep.runtime.plan import plan
 
 ROOT = Path(__file__).parents[1]
 TEACHER = ROOT / "models" / "emoji-64"
+STORE = Path(tempfile.gettempdir()) / "fewstep-students"
+"""Where the reference's latents are kept: 2 core minutes."""
 BATCH = 32
-SAMPLERS = ("ddim", "dpmpp_2m", "unipc", "deis", "heun", "er_sde")
+SAMPLERS = ("ddim", "dpmpp_2m", "unipc")
 CALLS = (1, 2, 4, 8)
 
 
@@ -62,7 +71,9 @@ def recognised(
     )
     latents = np.concatenate([one.latent for one in drawn])
     spent = time.process_time() - began
-    ranks = scorer.ranks(network, captions, pictures(model, latents), torch.tensor(core))
+    drawn_pictures = pictures(model, latents)
+    ranks = scorer.ranks(network, captions, drawn_pictures, torch.tensor(core))
+    theirs, laplacian = reference()
     first = int((ranks < 1).sum())
     low, high = share_interval(first, len(core))
     return {
@@ -73,6 +84,8 @@ def recognised(
         "low": round(low, 4),
         "high": round(high, 4),
         "top5": round(int((ranks < 5).sum()) / len(core), 4),
+        "frechet": round(frechet_distance(theirs, embedded(drawn_pictures)), 4),
+        "sharpness": round(sharpness(drawn_pictures) / laplacian, 3),
         "pictures": len(core),
         "latent_core_ms": round(1000 * spent / len(core), 2),
     }
@@ -95,6 +108,34 @@ def judge() -> tuple[list[dict[str, Any]], Any, Any]:
     scorer, _ = trainers()
     rows = json.loads((ROOT / "models" / "emoji-64-scorer" / "captions.json").read_text())
     return rows, *scorer.load()
+
+
+@cache
+def reference() -> tuple[Any, float]:
+    """Embeddings of the teacher's pictures of the core captions from other noise, and their sharpness."""
+    rows, _, _ = judge()
+    teacher = load(TEACHER)
+    core = tuple(row["caption"] for row in rows if row["core"])
+    work = prepare_samples(teacher, Latents(number=4 * len(core), prompts=core), STORE)
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            drawn = pictures(teacher, end.value.latents)
+            return embedded(drawn), sharpness(drawn)
+
+
+@torch.no_grad()
+def embedded(images: torch.Tensor) -> Any:
+    _, network, _ = judge()
+    return torch.cat([network.embed_images(part) for part in images.split(256)]).double().numpy()
+
+
+@torch.no_grad()
+def sharpness(images: torch.Tensor) -> float:
+    """Mean square of the discrete Laplacian of the grey picture."""
+    kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]]).view(1, 1, 3, 3)
+    return float(torch.nn.functional.conv2d(images.mean(1, keepdim=True), kernel).square().mean())
 
 
 @torch.no_grad()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
-from ..libraries import library
+from ..libraries import library, torch
 
 __all__ = ["Processes"]
 
@@ -17,11 +18,10 @@ class Processes:
     @classmethod
     def found(cls) -> Processes:
         """Those that `accelerate launch` or torchrun started, if any did."""
-        import os
-
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
-        state = library("accelerate").PartialState()
+        # without a GPU it takes every process for the only one, unless told so
+        state = library("accelerate").PartialState(cpu=not torch().cuda.is_available())
         return cls(state.process_index, state.num_processes)
 
     @property

@@ -201,7 +201,7 @@ def test_two_processes_train_as_one_of_twice_the_batch(tmp_path):
     """Each sees its own half; the weights they agree on are those of one process that sees both."""
     port = 20_000 + os.getpid() % 20_000
     common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    common |= {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     common["PYTHONPATH"] = str(Path(__file__).parent)
     command = [sys.executable, str(Path(together.__file__)), str(tmp_path / "two")]
     ranks = [
