@@ -70,10 +70,11 @@ def train(args: argparse.Namespace) -> None:
         recipe = args.work / f"{name}.toml"
         args.work.mkdir(parents=True, exist_ok=True)
         said = "".join(f"{key} = {value}\n" for key, value in fields.items())
+        rate = RATES.get(method, 1e-4)
         recipe.write_text(
             f'[recipe]\npasses = ["{method}"]\n[{method}]\n{said}'
-            f"[{method}.latents]\nnumber = {args.latents}\nbatch = 256\n[{method}.training]\nsteps = {steps}\nbatch = {BATCH}\nwarm = 30\nrate = {RATES.get(method, 1e-4)}\n"
-            "average = 0.98\n"
+            f"[{method}.latents]\nnumber = {args.latents}\nbatch = 256\n"
+            f"[{method}.training]\nsteps = {steps}\nbatch = {BATCH}\nwarm = 30\nrate = {rate}\naverage = 0.98\n"
         )
         began, note = time.process_time(), ""
         try:
