@@ -27,6 +27,7 @@ from ..model.training import (
     prepare_samples,
     train,
 )
+from ..runtime.process import Process
 from ..runtime.progress import Progress, within
 
 __all__ = [
@@ -159,12 +160,14 @@ def made(
     steps: int | None = None,
     guided: bool = False,
     prediction: str = "",
+    process: Process | None = None,
     measured: Mapping[str, Any] | None = None,
 ) -> Model:
     """The model with the student in it.
 
     network  what the part holds where that is not what was trained as it stands, a merged adapter for instance
     scheduler, steps  how it is to be drawn from now on; None leaves them
+    prediction, process  how its output is read from now on, where that changed; the scheduler has to say the same
     guided     whether it still needs guidance; False: guidance is in it
     """
     part: Part = replace(model.parts[model.denoiser], module=trained.student if network is None else network)
@@ -181,7 +184,10 @@ def made(
             grid = grid_of(kind.from_config(dict(scheduler)))
         done = replace(done, scheduler=scheduler, grid=grid)
     return replace(
-        done, steps=done.steps if steps is None else steps, prediction=prediction or done.prediction
+        done,
+        steps=done.steps if steps is None else steps,
+        prediction=prediction or done.prediction,
+        process=done.process if process is None else process,
     )
 
 

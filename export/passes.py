@@ -6,8 +6,10 @@ from collections.abc import Generator, Mapping
 from dataclasses import replace
 
 from ..distill.adversarial import Adversarial
+from ..distill.boot import BOOT
 from ..distill.dmd2 import DMD2
 from ..distill.features import Recover
+from ..distill.flow import FlowGuided, Reflow
 from ..distill.guidance import DistillGuidance
 from ..distill.ict import ICT
 from ..distill.lcm import LCM
@@ -41,10 +43,13 @@ PASSES: Mapping[str, type[Pass]] = {
     "pcm": PCM,
     "progressive": Progressive,
     "ict": ICT,
+    "reflow": Reflow,
+    "flow_guided": FlowGuided,
     "adversarial": Adversarial,
     "tdm": TDM,
     "dmd2": DMD2,
     "sid": SiD,
+    "boot": BOOT,
     "mmd": MMD,
     "sparsify": Sparsify,
     "tiny_decoder": TinyDecoder,
