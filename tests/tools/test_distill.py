@@ -1,6 +1,7 @@
 """The command: a recipe of prune, recover and distill, its folder, its errors, and what it leaves to export."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -9,11 +10,14 @@ pytest.importorskip("accelerate", reason="needs the export extra")
 
 from diffusers import LCMScheduler  # noqa: E402
 
+from fewstep.export.passes import configured  # noqa: E402
 from fewstep.model import load  # noqa: E402
 from fewstep.model.builders import tiny_sd  # noqa: E402
 from fewstep.runtime.bundle import Bundle  # noqa: E402
+from fewstep.targets import load_target  # noqa: E402
 from fewstep.tools import cli  # noqa: E402
 
+STUDENTS = Path(__file__).parents[2] / "models" / "train" / "students"
 RECIPE = """
 [recipe]
 passes = ["cut_blocks", "recover", "lcm", "split_upsampling"]
@@ -69,6 +73,14 @@ def test_a_recipe_makes_a_student_that_export_takes_as_it_is(model, recipe, tmp_
     assert len(manifest.plans["default"]["calls"]) == 2
     assert manifest.guidance.scale == 1.0
     assert [record["pass"] for record in manifest.history] == ["CutBlocks", "Recover", "LCM"]
+
+
+@pytest.mark.parametrize("file", sorted(STUDENTS.glob("*.toml")), ids=lambda file: file.stem)
+def test_the_recipes_of_the_built_in_students_are_ones(file):
+    target = load_target("laptop-cpu").with_recipe(file)
+    assert [name for name, _ in configured(target)] == list(target.recipe.passes)
+    files = [table.get("latents", {}).get("prompts_file", "") for table in target.recipe.options.values()]
+    assert all((STUDENTS.parents[2] / name).exists() for name in files)
 
 
 def test_what_was_kept_in_a_store_is_not_made_again(model, recipe, tmp_path, monkeypatch):
