@@ -6,6 +6,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from ..model.training import (
 )
 from ..runtime.process import Process
 from ..runtime.progress import Progress, within
+from .pictures import encode_pictures, pictures_for
 
 __all__ = [
     "Setting",
@@ -109,7 +111,9 @@ def prepared(
     teacher = teacher_of(model, ctx)
     if guidance:
         latents = replace(latents, guidance=guidance)
-    if drawn:
+    if drawn and latents.pictures:
+        samples = yield from _of_pictures(teacher, latents, ctx)
+    elif drawn:
         samples = yield from prepare_samples(teacher, latents, ctx.store, Processes.found())
     else:
         samples = _undrawn(teacher, latents)
@@ -126,6 +130,13 @@ def prepared(
         samples,
         lesson_key(job, model, teacher, samples, ctx.seed),
     )
+
+
+def _of_pictures(teacher: Model, latents: Latents, ctx: Context) -> Generator[Progress, None, Samples]:
+    """Real pictures as the teacher's encoder sees them. Raises BadInput for a folder the model cannot learn from."""
+    found = pictures_for(teacher, Path(latents.pictures), skip_unreadable=latents.skip_unreadable)
+    encoded = yield from encode_pictures(teacher, found, ctx.store, mirrored=latents.mirrored)
+    return given_samples(teacher, encoded.latents, encoded.subjects)
 
 
 def _undrawn(teacher: Model, latents: Latents) -> Samples:

@@ -56,6 +56,12 @@ class Latents:
     batch: int = 32
     precision: str = "bfloat16"
     """Of the teacher while it draws: bfloat16 or float32."""
+    pictures: str = ""
+    """A folder or a .zip of real pictures to learn on in place of drawn latents: labels by folder, captions beside."""
+    mirrored: bool = False
+    """Each picture's mirror image, too."""
+    skip_unreadable: bool = False
+    """Pictures that cannot be read are left out, not refused."""
 
     def __post_init__(self) -> None:
         for name in ("number", "steps", "batch"):

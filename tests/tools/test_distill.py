@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch", reason="needs the export extra")
 pytest.importorskip("accelerate", reason="needs the export extra")
 
 from diffusers import LCMScheduler  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from fewstep.export.passes import configured  # noqa: E402
 from fewstep.model import load  # noqa: E402
@@ -153,3 +154,26 @@ def test_a_loss_that_breaks_names_the_step_and_keeps_the_folder_away(model, reci
     assert "turned" in error
     assert "at step" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_real_pictures_are_learned_from_and_a_folder_of_none_is_refused(model, recipe, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    recipe.write_text(
+        '[recipe]\npasses = ["recover"]\n[recover]\ntraining = { steps = 1, batch = 2, warm = 0 }\n'
+        f'latents = {{ pictures = "{folder}" }}\n'
+    )
+    words = ["distill", str(model), "--recipe", str(recipe), "-o", str(tmp_path / "out")]
+    assert cli.main(words) == 2
+    assert str(folder) in capsys.readouterr().err
+    for number, text in enumerate(("a cat", "a dog")):
+        Image.new("RGB", (80, 64), (40 * number, 0, 0)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(text)
+    (folder / "2.png").write_bytes(b"no picture")
+    (folder / "2.txt").write_text("nothing")
+    assert cli.main(words) == 2
+    assert "2.png" in capsys.readouterr().err
+    recipe.write_text(
+        recipe.read_text().replace(" }}".replace("}}", "}") + "\n", ", skip_unreadable = true }\n")
+    )
+    assert cli.main(words) == 0
