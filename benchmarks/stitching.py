@@ -1,6 +1,7 @@
 """emoji-64 with a smaller denoiser beside its own: what is recognised, and what it costs.
 
     python benchmarks/stitching.py SMALL_MODEL [--shares 0 0.4 1] [--steps 20] [--rest]
+    python benchmarks/stitching.py SMALL_MODEL --speed
     python benchmarks/stitching.py STUDENT --route [--rate 0.3]
 
 The first: the small model draws a share of the calls (T-Stitch, arXiv:2402.14167), guided, by DPM-Solver++ 2M; --rest
@@ -37,6 +38,7 @@ from fewstep.runtime.two_graphs import cutoff_for_rate, refining, stitched
 
 SAMPLER = "dpmpp_2m"
 REFINING = 4
+ROUNDS = 5
 
 
 def pair(small: Path) -> Model:
@@ -88,6 +90,24 @@ def stitch(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             ranks = scorer.ranks(network, captions, seen, torch.tensor(core))
             row = {"small": str(args.small), "share": share, "history": history, "steps": args.steps}
             yield row | {**shown(ranks, seen), "latent_core_ms": round(spent, 1)}
+
+
+def speed(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Core milliseconds a latent by share, in turns, since other work on this host slows whatever runs beside it."""
+    model, (rows, *_) = pair(args.small), judge()
+    words = [row["caption"] for row in rows[:BATCH]]
+    whole = plan(SAMPLER, 5, model.process, prediction=model.prediction, grid=model.grid)
+    drawn(model, stitched(whole, 0.4), words)  # both networks once
+    turns = [[drawn(model, stitched(whole, s), words)[1] for s in args.shares] for _ in range(ROUNDS)]
+    for share, spent in zip(args.shares, np.array(turns).T, strict=True):
+        ratio = spent / np.array(turns)[:, 0]
+        row = {
+            "small": str(args.small),
+            "share": share,
+            "steps": 5,
+            "ratio": round(float(np.median(ratio)), 3),
+        }
+        yield row | {"ratios": [round(float(r), 3) for r in ratio], "core_ms": np.round(spent, 1).tolist()}
 
 
 def route(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -157,13 +177,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rest", action="store_true")
     parser.add_argument("--route", action="store_true")
+    parser.add_argument("--speed", action="store_true", help="by the first of the shares, in turns")
     parser.add_argument("--rate", type=float, default=0.3)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    name = "routing" if args.route else "stitching"
+    work, name = stitch, "stitching"
+    if args.route or args.speed:
+        work, name = (route, "routing") if args.route else (speed, "stitching_speed")
     file = RESULTS / f"{name}.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
-    for row in route(args) if args.route else stitch(args):
+    for row in work(args):
         print(json.dumps(row), flush=True)
         rows.append(row)  # each takes minutes
         save(name, {"command": "python benchmarks/stitching.py " + " ".join(sys.argv[1:]), "rows": rows})
