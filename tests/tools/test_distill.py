@@ -173,7 +173,5 @@ def test_real_pictures_are_learned_from_and_a_folder_of_none_is_refused(model, r
     (folder / "2.txt").write_text("nothing")
     assert cli.main(words) == 2
     assert "2.png" in capsys.readouterr().err
-    recipe.write_text(
-        recipe.read_text().replace(" }}".replace("}}", "}") + "\n", ", skip_unreadable = true }\n")
-    )
+    recipe.write_text(recipe.read_text().replace("pictures =", "skip_unreadable = true, pictures ="))
     assert cli.main(words) == 0
