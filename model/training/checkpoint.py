@@ -71,6 +71,12 @@ class Checkpoint:
             atomic_write(self.file, buffer.getvalue())
         self._accelerator.wait_for_everyone()
 
+    def last_losses(self) -> dict[str, float]:
+        """What the log's last line says of losses and norms; empty where there is none."""
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        said: dict[str, float] = json.loads(lines[-1]) if lines else {}
+        return {key: value for key, value in said.items() if "." in key}
+
     def write_line(self, line: Mapping[str, Any]) -> None:
         """One more line of the log."""
         with output_errors(self.metrics), self.metrics.open("a") as file:

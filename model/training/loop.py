@@ -90,7 +90,7 @@ def train(
     checkpoint = Checkpoint(store, f"{stage}-{lesson.key}", accelerator, trainable)
     step = checkpoint.load(wrapped, average, optimizers)
     began, first, saved, cost = time.perf_counter(), step, time.perf_counter(), 0.0
-    recent: dict[str, float] = {}
+    recent = checkpoint.last_losses()
     attention = device.type == "cpu" and math.prod(samples.latents.shape[2:]) <= SMALL
     while step < how.steps:
         rate = how.rate * _share_of_rate(how, step)

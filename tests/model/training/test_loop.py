@@ -99,6 +99,7 @@ def test_a_finished_run_is_read_and_not_trained_again(tmp_path):
 
     again = run(lesson_of(never), HOW, tmp_path)
     assert torch.equal(first.student.weight, again.student.weight)
+    assert again.losses == pytest.approx(first.losses)
 
 
 def test_gradients_of_parts_add_up_to_that_of_the_whole(tmp_path):
