@@ -28,8 +28,8 @@ Tensor = Any
 Module = Any
 
 END = 2.0
-"""The time of the data, level 1: of two levels, a scheduler of one trailing step calls the second. Not level 0, since
-diffusers' Stable Diffusion pipelines move leading steps on by one."""
+"""What the student is told for time 0, level 1: of two levels, a scheduler of one trailing step calls the second. Not
+level 0, since diffusers' Stable Diffusion pipelines move leading steps on by one."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class BOOT:
     """A pass: the denoiser becomes a generator of one step. Needs no data and no second network that learns."""
 
     intervals: int = 50
-    """Euler steps of the signal's ODE from noise to data, even in time."""
+    """Euler steps of the signal's ODE from noise to data, even in time. Data of width 0.4 becomes 0.332 wide with 20,
+    0.367 with 50, 0.382 with 100; a turn of the training costs the same, but each time waits for the one before it."""
     boundary: float = 0.1
     """Share of the samples that learn where the way begins: the teacher's own answer to the noise."""
     guidance: float = 0.0
@@ -104,7 +105,7 @@ def boot_loss(turn: Turn, at: Setting, how: BOOT, reads: Denoising) -> Mapping[s
     n = turn.integers(1, how.intervals + 1)
     begins = turn.uniform(0, 1) < how.boundary
     t = th.where(begins, longest, n * width)
-    s = th.where(begins, longest, ((n - 1) * width).clamp(min=END))
+    s = th.where(begins, longest, (n - 1) * width)  # at time 0 rho is 0 and y the clean estimate
     (alpha_t, sigma_t), (alpha_s, sigma_s) = denoising.signal(t), denoising.signal(s)
     here = begins.view(-1, 1, 1, 1)
     with th.no_grad():
@@ -122,7 +123,7 @@ def signal_of(
 ) -> Tensor:
     """y_t = g(noise, t). Whatever the time, the output is read as at the longest: noise is what the network sees there,
     so that the teacher's weights answer rightly at the first step of the training."""
-    output = reads.output(network, noise, t, condition)
+    output = reads.output(network, noise, t.clamp(min=END), condition)
     return reads.read(output, noise, t * 0 + reads.process.t_max).x0
 
 

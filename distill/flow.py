@@ -14,26 +14,24 @@ from collections.abc import Generator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from ..model.libraries import torch
 from ..model.model import Context, Model
-from ..model.training import Denoising, Estimate, Latents, Lesson, Training, Turn
+from ..model.training import Denoising, Latents, Lesson, Training, Turn
 from ..runtime.errors import BadInput
 from ..runtime.plan import plan
 from ..runtime.process import DiscreteVP, RectifiedFlow
 from ..runtime.progress import Progress
 from .losses import squared
-from .matching import cleanest
 from .student import Setting, made, taught
 from .times import spaced
 
-__all__ = ["FlowGuided", "Reflow", "as_flow", "flow_guided_loss", "flow_of", "flow_scheduler", "reflow_loss"]
+__all__ = ["FlowGuided", "Reflow", "flow_guided_loss", "flow_of", "flow_scheduler", "reflow_loss"]
 
 Tensor = Any
+Module = Any
 
 EARLIEST, LATEST = 0.2, 0.8
-"""Times from which the teacher's flow leads on to the end (SlimFlow's code)."""
+"""Times from which the straight flow leads on to the end (SlimFlow's code)."""
 TIMESTEPS = 1000
 """That a flow's network is told for time 1 where the teacher has no number of levels (diffusers' default)."""
 
@@ -75,22 +73,21 @@ class Reflow:
         """Of the noise in a pair, at this share of the training."""
         return max(0.0, 1 - share / self.anneal) if self.anneal else 0.0
 
-    def loss(self, turn: Turn, at: Setting, flow: Denoising) -> Mapping[str, Tensor]:
-        return reflow_loss(turn, at, flow, self.beta(turn.share))
+    def loss(self, turn: Turn, flow: Denoising, straight: Module) -> Mapping[str, Tensor]:
+        return reflow_loss(turn, flow, self.beta(turn.share))
 
 
 @dataclass(frozen=True)
 class FlowGuided:
-    """A pass: a rectified flow becomes a generator of one step: SlimFlow's flow-guided distillation. Best after reflow.
+    """A pass: a rectified flow becomes a generator of one step: SlimFlow's flow-guided distillation.
 
-    Distances are squared ones; the paper has LPIPS beside them, which needs a network of pictures.
+    The flow that guides is the model as the pass gets it. It has to be straight, that is after reflow: a bent one, such
+    as the first teacher's, leads from a point of a straight line to other data than the line. Distances are squared
+    ones; the paper has LPIPS beside them, which needs a network of pictures.
     """
 
     weight: float = 1.0
-    """Of what the teacher's flow makes of the student's picture, beside the pairs'. 0: the pairs alone."""
-    substeps: int = 4
-    """Steps of the teacher from there to the end, each a guided call: 1 suffices where the teacher's flow is straight,
-    as SlimFlow's is."""
+    """Of where the flow leads from the student's own line, beside the pairs. 0: the pairs alone."""
     guidance: float = 0.0
     """Of the teacher, fixed into the student; 0 for the model's own."""
     latents: Latents = Latents()  # noqa: RUF009 - frozen
@@ -98,10 +95,9 @@ class FlowGuided:
     training: Training = Training(steps=2000, rate=1e-4, average=0.99)  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
-        if self.weight < 0 or self.substeps < 1 or self.guidance < 0:
+        if self.weight < 0 or self.guidance < 0:
             raise BadInput(
-                f"weight {self.weight}, substeps {self.substeps}, guidance {self.guidance} of flow_guided",
-                expected="substeps at least 1, the others not below 0",
+                f"weight {self.weight}, guidance {self.guidance} of flow_guided", expected="neither below 0"
             )
 
     def __call__(self, model: Model, ctx: Context) -> Generator[Progress, None, Model]:
@@ -117,11 +113,11 @@ class FlowGuided:
         )
         return done
 
-    def loss(self, turn: Turn, at: Setting, flow: Denoising) -> Mapping[str, Tensor]:
-        return flow_guided_loss(turn, at, flow, self.weight, self.substeps)
+    def loss(self, turn: Turn, flow: Denoising, straight: Module) -> Mapping[str, Tensor]:
+        return flow_guided_loss(turn, flow, straight, self.weight)
 
 
-def reflow_loss(turn: Turn, at: Setting, flow: Denoising, beta: float = 0.0) -> Mapping[str, Tensor]:
+def reflow_loss(turn: Turn, flow: Denoising, beta: float = 0.0) -> Mapping[str, Tensor]:
     """|| v(x_t, t) - (z' - x0) ||^2 at x_t = (1 - t) x0 + t z', z' = sqrt(1 - beta^2) z + beta xi.
 
     z is the noise that the teacher drew x0 from, xi noise of no pair.
@@ -135,11 +131,11 @@ def reflow_loss(turn: Turn, at: Setting, flow: Denoising, beta: float = 0.0) -> 
     return {"squared": squared(v, flow.target(batch.x0, z, t))}
 
 
-def flow_guided_loss(
-    turn: Turn, at: Setting, flow: Denoising, weight: float, substeps: int
-) -> Mapping[str, Tensor]:
-    """|| z - v(z, 1) - x0 ||^2 + weight || z - v(z, 1) - x' ||^2: one step ends at the pair's end, and at x', where the
-    teacher's flow leads from the student's own line."""
+def flow_guided_loss(turn: Turn, flow: Denoising, straight: Module, weight: float) -> Mapping[str, Tensor]:
+    """|| x^ - x0 ||^2 + weight || x^ - x' ||^2: x^ = z - v(z, 1) is the student's one step from the noise of x0.
+
+    x' = x_t - t u(x_t, t) is where the straight flow u leads from x_t = (1 - t) x^ + t z, on the student's line.
+    """
     th, batch = torch(), turn.batch
     z = batch.start()
     got = flow(turn.student, z, th.ones(len(z), device=z.device), batch.condition).x0
@@ -147,27 +143,9 @@ def flow_guided_loss(
     if weight:
         t = turn.uniform(EARLIEST, LATEST)
         with th.no_grad():
-            x = flow.noised(got, z, t)
-            for k in range(substeps):
-                now, then = (t * (1 - n / substeps) for n in (k, k + 1))
-                x = flow.ddim(as_flow(turn, at, x, now), then)
-        losses["flow"] = weight * squared(got, x)
+            end = flow(straight, flow.noised(got, z, t), t, batch.condition).x0
+        losses["flow"] = weight * squared(got, end)
     return losses
-
-
-def as_flow(turn: Turn, at: Setting, x: Tensor, tau: Tensor) -> Estimate:
-    """What the guided teacher, whatever its process, makes of a flow's sample x = (1 - tau) x0 + tau noise.
-
-    The teacher knows it as (alpha + sigma) x, at the time where alpha / sigma = (1 - tau) / tau. Its flow's velocity
-    is noise - x0.
-    """
-    th, denoising = torch(), at.denoising
-    share = tau.detach().cpu().numpy().astype(np.float64)
-    t = th.as_tensor(denoising.process.t_of_lam(np.log1p(-share) - np.log(share)), device=x.device)
-    t = t.clamp(min=cleanest(denoising))
-    alpha, sigma = denoising.signal(t)
-    batch = turn.batch
-    return denoising.guided(at.teacher, (alpha + sigma) * x, t, batch.condition, batch.nothing, at.guidance)
 
 
 def flow_of(model: Model) -> RectifiedFlow:
@@ -217,12 +195,14 @@ def _straightened(
     if model.prediction == "flow":
         alike = replace(model, process=teacher.process, prediction=teacher.prediction)
 
+    straight = model.parts[model.denoiser].module
+
     def lesson(setting: Setting) -> Lesson:
         return Lesson(
             {"student": setting.student},
-            {"student": lambda turn: job.loss(turn, setting, flow)},
+            {"student": lambda turn: job.loss(turn, flow, straight)},
             setting.key,
-            frozen=(setting.teacher,),
+            frozen=(straight,),
         )
 
     trained = yield from taught(job, alike, ctx, latents, training, lesson, stage=stage, guidance=guidance)

@@ -23,7 +23,7 @@ from .toys import Gaussian, Knots, drawn, setting_of, turn_of  # noqa: E402
 MEAN, WIDTH = 0.7, 0.4
 HOW = BOOT(intervals=20)
 READS = Denoising(PROCESS, "sample")
-QUICK = Training(steps=150, batch=64, rate=3e-2, warm=10, average=0.9, precision="float32")
+QUICK = Training(steps=300, batch=64, rate=3e-2, warm=10, average=0.9, precision="float32")
 
 
 class Way(torch.nn.Module):
@@ -31,7 +31,7 @@ class Way(torch.nn.Module):
 
     def __init__(self, intervals, off=0.0):
         super().__init__()
-        times = [*np.linspace(1000, 0, intervals + 1)[:-1], 2.0]
+        times = np.linspace(1000, 0, intervals + 1)
         state, noise_to_signal, f = self.clean(1000.0, 1.0, 0.0), 0.0, 0.0
         self.known = {}
         for t in times:
@@ -41,7 +41,7 @@ class Way(torch.nn.Module):
                 state = rho * state + (1 - rho) * f
             noise_to_signal = sigma / alpha
             f = self.clean(t, alpha * state[0] + sigma, alpha * state[1])
-            self.known[round(t)] = state + off
+            self.known[max(2, round(t))] = state + off
 
     def clean(self, t, gain, offset):
         """f(gain noise + offset, t) of N(MEAN, WIDTH^2): its gain and offset."""
@@ -63,11 +63,14 @@ def test_the_loss_is_nothing_along_the_teachers_way_and_more_beside_it():
 
 
 def test_the_way_ends_at_the_end_of_the_probability_flow():
-    way = Way(500)
-    gain, offset = way.known[2]
     noise = np.linspace(-2, 2, 9)
-    # the way begins with noise and a touch of data, alpha f(noise), which the flow is not given
-    assert np.abs(gain * noise + offset - exact_end(noise, 1000.0)).max() < 0.05
+    errors = []
+    for count in (50, 100, 200):
+        gain, offset = Way(count).known[2]
+        errors.append(abs(gain - WIDTH))
+        # the way begins with noise and a touch of data, alpha f(noise), which the flow is not given: 0.02 of it
+        assert np.abs(gain * noise + offset - exact_end(noise, 1000.0)).max() < 2 * errors[-1] + 0.025
+    assert errors[0] > 1.7 * errors[1] > 2.6 * errors[2]  # of the first order
 
 
 def test_the_longest_time_is_learned_from_the_teacher_alone():
@@ -92,16 +95,14 @@ def test_a_student_begins_with_its_teachers_answer_to_noise(prediction):
     assert torch.equal(got, wanted)
 
 
-def test_a_toy_student_draws_the_data_in_one_step(tmp_path):
-    model = model_of(Knots(gain=0.05, knots=21))
-    job = BOOT(intervals=20, training=QUICK)
+def test_a_toy_student_draws_in_one_step_what_its_teacher_draws_in_all(tmp_path):
+    model = model_of(Knots(gain=0.05, knots=9))
+    job = BOOT(intervals=8, training=QUICK)
     made = finish(job(model, context(model, tmp_path, teacher=model_of(Gaussian(MEAN, WIDTH)))))
     x = drawn(made, sampler="ddim")
-    gain, offset = Way(20).known[2]
-    assert abs(gain - WIDTH) < 0.06  # what so few Euler steps cost
-    assert abs(offset - MEAN) < 0.06
-    assert abs(x.mean() - offset) < 0.03
-    assert abs(x.std() - gain) < 0.03
+    gain, offset = Way(8).known[2]
+    assert abs(x.mean() - offset) < 0.01
+    assert abs(x.std() - gain) < 0.01
     assert made.steps == 1
     assert not list(tmp_path.glob("latents*"))  # nothing was drawn
 
