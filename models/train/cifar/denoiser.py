@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -209,14 +210,14 @@ def export(args: argparse.Namespace) -> None:
     pipe = DiTPipeline(
         transformer=net.half().eval(), vae=vae.half(), scheduler=build_scheduler(), id2label=names
     )
-    pipe.save_pretrained(MODEL, safe_serialization=True)
-    index = MODEL / "model_index.json"
+    pipe.save_pretrained(args.output, safe_serialization=True)
+    index = args.output / "model_index.json"
     settings = json.loads(index.read_text())
     settings["_guidance_scale"] = cfg["guidance"]  # fewstep's key: what the model draws best with
     settings["id2label"] = {str(k): v for k, v in names.items()}
     index.write_text(json.dumps(settings, indent=2) + "\n")
     print(
-        f"wrote {MODEL}: {count(net):,} parameters, step {state['step']}, {state['seen']:,} pictures, "
+        f"wrote {args.output}: {count(net):,} parameters, step {state['step']}, {state['seen']:,} pictures, "
         f"{state['elapsed'] / 60:.1f} min"
     )
 
@@ -248,6 +249,7 @@ def main() -> None:
     parser.add_argument(
         "--export", action="store_true", help="only write the pipeline from the last checkpoint"
     )
+    parser.add_argument("--output", type=Path, default=MODEL, help="the folder of the pipeline")
     parser.add_argument(
         "--workers", type=int, default=1, help="single-threaded processes that share the work"
     )

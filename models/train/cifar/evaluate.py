@@ -36,7 +36,7 @@ DRAWS = 200
 def drawn(
     source: Path, count: int, sampler: str, steps: int, guidance: float | None, batch: int
 ) -> Iterator[np.ndarray]:
-    """uint8 pictures [n, height, width, 3], a batch at a time; picture i is of class i modulo their number, seed i."""
+    """uint8 pictures [n, height, width, 3], a batch at a time; picture i is of class i modulo their number."""
     if (source / "manifest.json").exists():
         yield from drawn_by_bundle(source, count, sampler, steps, guidance, batch)
         return
@@ -125,13 +125,22 @@ def measure(
             shown.append(pixels)
     spent = time.process_time() - began
     every = np.concatenate(vectors)
-    row = {"samples": count, "sampler": sampler, "steps": steps, "guidance": guidance}
+    scale = own_guidance(source) if guidance is None else guidance
+    row = {"samples": count, "sampler": sampler, "steps": steps, "guidance": scale}
     row |= {split: distance(every, split, rng) for split in ("test", "train")}
     labels = torch.arange(count) % net.head.out_features
     with torch.no_grad():
         right = net.classified(torch.from_numpy(every).float()) == labels
     row |= {"recognised": round(float(right.float().mean()), 4), "core_seconds": round(spent, 1)}
     return row, np.concatenate(shown)[: SHEET_COLUMNS * 10]
+
+
+def own_guidance(source: Path) -> float:
+    """The scale a folder or a bundle is drawn with unless told otherwise."""
+    if (source / "manifest.json").exists():
+        with Pipeline.from_pretrained(source) as pipe:
+            return pipe.manifest.guidance.scale
+    return load(source).guidance.scale
 
 
 def floors() -> dict[str, Any]:
@@ -187,7 +196,7 @@ def main() -> None:
     parser.add_argument(
         "--floors", action="store_true", help="only real pictures; writes reference.safetensors"
     )
-    parser.add_argument("--output", type=Path, help="a .json file for the result")
+    parser.add_argument("--record", help="the name under which the result goes into evaluation.json")
     parser.add_argument("--sheet", type=Path, help="a .png file for the first 200 pictures of the last run")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -203,8 +212,10 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
         if args.sheet:
             sheet(images).save(args.sheet, optimize=True)
-    if args.output:
-        args.output.write_text(json.dumps(rows, indent=2) + "\n")
+    if args.record:
+        file = MODEL / "evaluation.json"
+        known = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps(known | {args.record: rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
