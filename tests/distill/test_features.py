@@ -92,7 +92,7 @@ def test_a_cut_network_learns_its_teacher_back(tmp_path):
     how = Recover(
         task=0.0,
         latents=Latents(number=8, steps=2, precision="float32"),
-        training=Training(steps=60, batch=8, rate=5e-3, warm=5, average=0, precision="float32"),
+        training=Training(steps=120, batch=8, rate=1e-3, warm=5, average=0, precision="float32"),
     )
     done = finish(how(cut, ctx))
     lines = [json.loads(line) for line in (tmp_path / done.history[-1]["log"]).read_text().splitlines()]
