@@ -40,6 +40,7 @@ BATCH = 64
 METHODS: Mapping[str, tuple[str, Mapping[str, Any], int, tuple[int, ...], str]] = {
     "tdm": ("tdm", {"steps": 4, "also": [2]}, 400, (1, 2, 4), "ddim"),
     "tdm-4": ("tdm", {"steps": 4}, 600, (4,), "ddim"),
+    "tdm-4, more": ("tdm", {"steps": 4}, 500, (4,), "ddim"),
     "tdm-1": ("tdm", {"steps": 1}, 400, (1,), "ddim"),
     "dmd2": ("dmd2", {"steps": 4, "fake_turns": 2}, 200, (1, 2, 4), "model"),
     "lcm": ("lcm", {"steps": 4}, 900, (1, 2, 4, 8), "lcm"),
@@ -50,7 +51,9 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any], int, tuple[int, ...], str]] 
     "guidance": ("guidance", {}, 900, (8, 16, 50), "ddim"),
     "reflow": ("reflow", {}, 900, (1, 2, 4, 8), "euler"),
 }
-"""Name -> pass, its fields, updates of about 150 core seconds, the steps it is drawn with, and the sampler."""
+"""Name -> pass, its fields, updates of about 150 core seconds, the steps it is drawn with, and the sampler.
+
+"tdm-4, more" goes on from the student "tdm-4"."""
 RATES = {"mmd": 2e-5}
 """Where not 1e-4."""
 BASELINES = (
@@ -79,7 +82,8 @@ def train(args: argparse.Namespace) -> None:
         )
         began, note = time.process_time(), ""
         try:
-            for event in make_student(TEACHER, folder, recipe, store=args.work / "store"):
+            begin = args.work / "tdm-4" if name.endswith("more") else TEACHER
+            for event in make_student(begin, folder, recipe, teacher=TEACHER, store=args.work / "store"):
                 note = event.note or note
         except Exception as error:  # one method's failure must not take the others' hour
             print(json.dumps({"name": name, "failed": str(error)[:300]}), flush=True)
