@@ -140,7 +140,7 @@ def test_training_brings_the_outputs_nearer_than_cutting_alone(model, tmp_path):
         module = result(how(model, context(model, tmp_path / str(steps)))).parts["unet"].module
         with torch.no_grad():
             errors.append(float((module(*feeds) - right).square().mean()))
-    assert errors[1] < 0.5 * errors[0]
+    assert errors[1] < 0.7 * errors[0]
 
 
 def test_a_text_model_is_thinned_with_its_guidance(tiny_sd, tmp_path):
