@@ -14,10 +14,8 @@ equal numbers of pictures compare. Writes results/cifar_students.json, `plot` re
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, save
+from common import RESULTS, from_models, save
 
 from fewstep.export.students import make_student
 from fewstep.model import load
@@ -94,7 +92,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def measure(args: argparse.Namespace) -> None:
-    evaluate = evaluator()
+    evaluate = from_models("evaluate", "train/cifar", "train")
     file = RESULTS / f"{NAME}.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
     for name in args.names or ["teacher", *METHODS]:
@@ -123,17 +121,6 @@ def measure(args: argparse.Namespace) -> None:
 
 def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[key] for key in ("name", "sampler", "steps", "guidance", "samples"))
-
-
-def evaluator() -> Any:
-    """models/train/cifar/evaluate.py, whose folder has a `common` of its own above it."""
-    ours = sys.modules.pop("common")
-    sys.path[:0] = [str(ROOT / "models" / "train" / "cifar"), str(ROOT / "models" / "train")]
-    try:
-        return importlib.import_module("evaluate")
-    finally:
-        del sys.path[:2]
-        sys.modules["common"] = ours
 
 
 WIDTH, HEIGHT, LEFT, TOP = 760, 420, 60, 20

@@ -17,7 +17,6 @@ best there, guided (two calls a step) and not.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RESULTS, save
+from common import RESULTS, from_models, save
 
 from fewstep.export.plans import plan_of
 from fewstep.export.quality import frechet_distance, share_interval
@@ -91,16 +90,9 @@ def recognised(
     }
 
 
-@cache
 def trainers() -> tuple[Any, Any]:
-    """models/train's scorer and render, which have a module `common` of their own."""
-    ours = sys.modules.pop("common")
-    sys.path.insert(0, str(ROOT / "models" / "train"))
-    try:
-        return importlib.import_module("scorer"), importlib.import_module("render")
-    finally:
-        sys.path.pop(0)
-        sys.modules["common"] = ours
+    """models/train's scorer and render."""
+    return from_models("scorer", "train"), from_models("render", "train")
 
 
 @cache

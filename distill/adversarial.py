@@ -87,16 +87,7 @@ class Adversarial:
                 frozen=(setting.teacher,),
             )
 
-        trained = yield from taught(
-            self,
-            model,
-            ctx,
-            self.latents,
-            self.training,
-            lesson,
-            stage="adversarial",
-            guidance=self.guidance,
-        )
+        trained = yield from taught(self, model, ctx, lesson, stage="adversarial", guidance=self.guidance)
         scheduler = few_step_scheduler(model, "DDIMScheduler")
         return made(self, spaced(model), trained, scheduler=scheduler, steps=self.steps)
 

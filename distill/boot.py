@@ -75,15 +75,7 @@ class BOOT:
             )
 
         trained = yield from taught(
-            self,
-            model,
-            ctx,
-            self.latents,
-            self.training,
-            lesson,
-            stage="boot",
-            guidance=self.guidance,
-            drawn=False,
+            self, model, ctx, lesson, stage="boot", guidance=self.guidance, drawn=False
         )
         process = _at_once(model.process)
         scheduler = boot_scheduler(process, reads.prediction)

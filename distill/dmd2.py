@@ -108,8 +108,6 @@ class DMD2:
             self,
             model,
             ctx,
-            self.latents,
-            self.training,
             lesson,
             stage="dmd2",
             guidance=self.guidance,

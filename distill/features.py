@@ -69,7 +69,7 @@ class Recover:
                 frozen=(setting.teacher,),
             )
 
-        trained = yield from taught(self, model, ctx, self.latents, self.training, lesson, stage="recover")
+        trained = yield from taught(self, model, ctx, lesson, stage="recover")
         return made(self, model, trained, guided=True)
 
 

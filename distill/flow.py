@@ -64,9 +64,7 @@ class Reflow:
 
     def __call__(self, model: Model, ctx: Context) -> Generator[Progress, None, Model]:
         """Raises BadInput for latents of a sampler with noise, a teacher that does not fit, a loss turned NaN."""
-        done = yield from _straightened(
-            self, model, ctx, self.latents, self.training, "reflow", self.guidance, self.steps
-        )
+        done = yield from _straightened(self, model, ctx, "reflow", self.steps)
         return done
 
     def beta(self, share: float) -> float:
@@ -108,9 +106,7 @@ class FlowGuided:
                 expected="a rectified flow",
                 fix="run the pass reflow first",
             )
-        done = yield from _straightened(
-            self, model, ctx, self.latents, self.training, "flow-guided", self.guidance, 1
-        )
+        done = yield from _straightened(self, model, ctx, "flow-guided", 1)
         return done
 
     def loss(self, turn: Turn, flow: Denoising, straight: Module) -> Mapping[str, Tensor]:
@@ -179,15 +175,12 @@ def _straightened(
     job: Reflow | FlowGuided,
     model: Model,
     ctx: Context,
-    latents: Latents,
-    training: Training,
     stage: str,
-    guidance: float,
     steps: int,
 ) -> Generator[Progress, None, Model]:
     """Train the student's flow by the job's loss, and put it into the model as a flow."""
     teacher = model if ctx.teacher is None else ctx.teacher
-    _check_sampler(teacher, latents)
+    _check_sampler(teacher, job.latents)
     process = flow_of(model)
     flow = Denoising(process, "flow")
     # an earlier reflow may have made it another process than its teacher's; latents and conditions are the same
@@ -205,7 +198,7 @@ def _straightened(
             frozen=(straight,),
         )
 
-    trained = yield from taught(job, alike, ctx, latents, training, lesson, stage=stage, guidance=guidance)
+    trained = yield from taught(job, alike, ctx, lesson, stage=stage, guidance=job.guidance)
     own = isinstance(model.process, RectifiedFlow) and model.prediction == "flow"
     return made(
         job,

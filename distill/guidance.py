@@ -126,8 +126,6 @@ class DistillGuidance:
             replace(self, scales=self.scales.unbaked()),
             model,
             ctx,
-            self.latents,
-            self.training,
             lesson,
             stage="guidance",
             guidance=self.guidance,

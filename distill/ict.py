@@ -72,7 +72,7 @@ class ICT:
                 setting.key,
             )
 
-        trained = yield from taught(self, model, ctx, self.latents, self.training, lesson, stage="ict")
+        trained = yield from taught(self, model, ctx, lesson, stage="ict")
         scheduler = few_step_scheduler(model, "LCMScheduler")
         return made(self, model, trained, scheduler=scheduler, steps=self.steps)
 

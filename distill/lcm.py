@@ -74,8 +74,6 @@ class LCM:
             replace(self, scales=self.scales.unbaked()),
             model,
             ctx,
-            self.latents,
-            self.training,
             lesson,
             stage="lcm",
             guidance=self.guidance,

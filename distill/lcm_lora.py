@@ -81,8 +81,6 @@ class LCMLora:
             job,
             model,
             ctx,
-            self.latents,
-            self.training,
             lesson,
             stage="lcm-lora",
             guidance=self.guidance,

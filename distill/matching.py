@@ -155,9 +155,8 @@ def cleanest(denoising: Denoising) -> float:
 
 def diffused(denoising: Denoising, x: Tensor, s: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """A sample of q(x_t | x_s) for t >= s."""
-    (alpha_s, sigma_s), (alpha_t, sigma_t) = denoising.signal(s), denoising.signal(t)
-    ratio = alpha_t / alpha_s
-    return ratio * x + (sigma_t.square() - (ratio * sigma_s).square()).clamp(min=0).sqrt() * noise
+    ratio, fresh = denoising.onward(s, t)
+    return ratio * x + fresh * noise
 
 
 @dataclass(frozen=True)

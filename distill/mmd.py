@@ -63,9 +63,7 @@ class MMD:
                 frozen=(setting.teacher,),
             )
 
-        trained = yield from taught(
-            self, model, ctx, self.latents, self.training, lesson, stage="mmd", guidance=self.guidance
-        )
+        trained = yield from taught(self, model, ctx, lesson, stage="mmd", guidance=self.guidance)
         scheduler = few_step_scheduler(model, "DDIMScheduler")
         return made(self, spaced(model), trained, scheduler=scheduler, steps=self.steps)
 

@@ -91,9 +91,7 @@ class PCM:
                 frozen=(setting.teacher,),
             )
 
-        trained = yield from taught(
-            self, model, ctx, self.latents, self.training, lesson, stage="pcm", guidance=self.guidance
-        )
+        trained = yield from taught(self, model, ctx, lesson, stage="pcm", guidance=self.guidance)
         return spaced(
             made(
                 self,

@@ -72,15 +72,7 @@ class SiD:
             )
 
         trained = yield from taught(
-            self,
-            model,
-            ctx,
-            self.latents,
-            self.training,
-            lesson,
-            stage="sid",
-            guidance=self.guidance,
-            drawn=False,
+            self, model, ctx, lesson, stage="sid", guidance=self.guidance, drawn=False
         )
         scheduler = few_step_scheduler(model, "DDIMScheduler")
         return made(self, spaced(model), trained, scheduler=scheduler, steps=1)

@@ -70,8 +70,8 @@ def stepped(
     here = denoising.guided(teacher, x, t, condition, turn.batch.nothing, guidance)
     if not eta:
         return denoising.ddim(here, s)
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = denoising.signal(t), denoising.signal(s)
-    added = (sigma_t.square() - (alpha_t / alpha_s * sigma_s).square()).clamp(min=0)
-    tau = eta * sigma_s / sigma_t * added.sqrt()
+    (_, sigma_t), (alpha_s, sigma_s) = denoising.signal(t), denoising.signal(s)
+    _, fresh = denoising.onward(s, t)
+    tau = eta * sigma_s / sigma_t * fresh
     kept = (sigma_s.square() - tau.square()).clamp(min=0).sqrt()
     return alpha_s * here.x0 + kept * here.noise + tau * turn.normal(x)

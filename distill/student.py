@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -50,6 +50,15 @@ DIGEST = 12
 """Bytes of a lesson's key."""
 
 
+class Method(Pass, Protocol):
+    """A pass that trains: its two tables of a recipe."""
+
+    @property
+    def latents(self) -> Latents: ...
+    @property
+    def training(self) -> Training: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Setting:
     """What a method has to work with when it writes its lesson."""
@@ -69,11 +78,9 @@ class Setting:
 
 
 def taught(
-    job: Pass,
+    job: Method,
     model: Model,
     ctx: Context,
-    latents: Latents,
-    training: Training,
     lesson_of: Callable[[Setting], Lesson],
     *,
     stage: str,
@@ -89,9 +96,11 @@ def taught(
     Raises BadInput for a teacher that does not fit, and what `prepare_samples` and `train` raise.
     """
     setting = yield from within(
-        prepared(job, model, ctx, latents, guidance=guidance, student=student, drawn=drawn), 0, DRAWN_SHARE
+        prepared(job, model, ctx, job.latents, guidance=guidance, student=student, drawn=drawn),
+        0,
+        DRAWN_SHARE,
     )
-    how = replace(training, seed=training.seed + ctx.seed)
+    how = replace(job.training, seed=job.training.seed + ctx.seed)
     lesson, samples = lesson_of(setting), setting.samples
     result = yield from within(train(lesson, samples, how, ctx.store, stage), DRAWN_SHARE, 1.0)
     return result
@@ -118,9 +127,8 @@ def prepared(
     else:
         samples = _undrawn(teacher, latents)
     scale = (guidance or teacher.guidance.scale) if samples.nothing is not None else 1.0
-    network = copy.deepcopy(model.parts[model.denoiser].module).requires_grad_(
-        True
-    )  # an earlier pass may have frozen it
+    # an earlier pass may have frozen it
+    network = copy.deepcopy(model.parts[model.denoiser].module).requires_grad_(True)
     return Setting(
         model,
         Denoising.of(model),

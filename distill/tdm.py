@@ -98,15 +98,7 @@ class TDM:
             )
 
         trained = yield from taught(
-            self,
-            model,
-            ctx,
-            self.latents,
-            self.training,
-            lesson,
-            stage="tdm",
-            guidance=self.guidance,
-            drawn=False,
+            self, model, ctx, lesson, stage="tdm", guidance=self.guidance, drawn=False
         )
         scheduler = few_step_scheduler(model, "DDIMScheduler")
         return made(self, spaced(model), trained, scheduler=scheduler, steps=self.steps)
@@ -152,9 +144,9 @@ def tdm_fake_loss(
     """The fake's: it denoises what the student's steps leave behind; what was kept, if anything."""
     one = kept.pop(0) if kept else _segment(turn, at, _grid(turn, grids), learns=False)
     x0, x = one.step.estimate.x0.detach(), one.x
-    (alpha, sigma), (alpha_s, sigma_s) = at.denoising.signal(one.t), at.denoising.signal(one.step.s)
+    alpha, sigma = at.denoising.signal(one.t)
     if how.target == "noise":
-        fresh = (sigma.square() - (alpha / alpha_s * sigma_s).square()).clamp(min=0).sqrt()
+        _, fresh = at.denoising.onward(one.step.s, one.t)
         x0 = (x - sigma.square() / fresh.clamp(min=1e-8) * one.added) / alpha
         weight = (fresh / sigma).square()  # of one unit of noise, whatever came before it
     else:

@@ -6,12 +6,11 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
-from ..runtime.progress import Progress
 from .console import Answer, needs, watch
+from .export import describe
 
-__all__ = ["add", "call", "describe"]
+__all__ = ["add", "call"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +71,3 @@ def call(args: argparse.Namespace) -> Answer:
     if done.left:
         lines.append(f"left to `fewstep export --recipe`: {', '.join(done.left)}")
     return Answer(data, "\n".join(lines))
-
-
-def describe(event: Progress | Any) -> tuple[float | None, str]:
-    return event.fraction, f"{event.stage} {event.note}".strip()

@@ -58,6 +58,12 @@ class Denoising:
         alpha, sigma = self.signal(t)
         return alpha * x0 + sigma * noise
 
+    def onward(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """q(x_t | x_s) = N(ratio x_s, fresh^2) for t >= s: ratio and fresh, [batch, 1, 1, 1] each."""
+        (alpha_s, sigma_s), (alpha_t, sigma_t) = self.signal(s), self.signal(t)
+        ratio = alpha_t / alpha_s
+        return ratio, (sigma_t.square() - (ratio * sigma_s).square()).clamp(min=0).sqrt()
+
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the network should answer at x_t = alpha x0 + sigma noise."""
         if self.prediction == "epsilon":
