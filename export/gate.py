@@ -20,7 +20,7 @@ from ..model.libraries import quiet, torch
 from ..model.model import Model, Part
 from ..model.quantized import Quantized
 from ..model.trajectories import run_part
-from ..runtime.backends import Session, open_session
+from ..runtime.backends import Opener, Session, open_session
 from ..runtime.bundle import Bundle
 from ..runtime.errors import GateFailed
 from ..runtime.given import example_observation
@@ -102,9 +102,11 @@ def cases(part: Part, *, few: bool) -> dict[str, dict[str, Array]]:
     return found
 
 
-def run_graph(graph: Path, spec: PartSpec, feeds: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
+def run_graph(
+    graph: Path, spec: PartSpec, feeds: Sequence[Mapping[str, Array]], opener: Opener = open_session
+) -> list[dict[str, Array]]:
     """The engine's outputs, case by case. Plain data in and out: it can run in a process of its own."""
-    session = open_session(graph, spec)
+    session = opener(graph, spec)
     try:
         return [session.run(case) for case in feeds]
     finally:
@@ -207,9 +209,15 @@ def judge_pipeline(psnr: float, target: Target, plan: str, precisions: Iterable[
         )
 
 
-def draw(folder: Path, manifest: Manifest, count: int) -> tuple[Array, dict[str, Any]]:
-    """Images of the unpublished bundle in `folder`, [n, height, width, channels] in 0..1, and its golden latent."""
-    with Pipeline(_unpublished(folder, manifest), low_memory=True) as pipeline:
+def draw(
+    folder: Path, manifest: Manifest, count: int, openers: Mapping[str, Opener] | None = None
+) -> tuple[Array, dict[str, Any]]:
+    """Images of the unpublished bundle in `folder`, [n, height, width, channels] in 0..1, and its golden latent.
+
+    openers  part -> what opens its graph here, where that is not the engine itself
+    """
+    bundle = _unpublished(folder, manifest)
+    with Pipeline(bundle, low_memory=True, _openers=openers or {}) as pipeline:
         images = pipeline(**_arguments(manifest, count), seed=SEED, output_type="np").images
         return images, golden_latent(pipeline)
 

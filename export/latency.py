@@ -47,13 +47,13 @@ def side_by_side(
         folder, own = work / name / part.name, work / name / "work"
         own.mkdir(parents=True)
         lowered = parts.lower(part, folder, target, own, None)
-        spec, _, same = parts.here(lowered.spec, target)
-        if not same:
+        here = parts.here(lowered.spec, target)
+        if here.how != "device":
             fix = "leave out --target, or measure on the device"
             raise BadInput(
                 f"this host is no {target.device.name}", expected="a target that runs here", fix=fix
             )
-        session = open_session(folder.parent / spec.graph, spec)
+        session = open_session(folder.parent / here.spec.graph, here.spec)
         closing.append(session)
         runs[name] = lambda session=session, feeds=feeds: session.run(feeds)  # type: ignore[misc]
         bytes_[name] = sum(file.stat().st_size for file in folder.iterdir())

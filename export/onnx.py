@@ -6,6 +6,7 @@ rewrites what the engine is slow at. Weights are written once, straight from tor
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,17 @@ from ..model.libraries import library, quiet, torch
 from ..model.model import Part
 from ..runtime.errors import CheckpointError, FewstepError, MissingExtra
 from ..runtime.manifest import PartSpec
+from ..targets import Target
+from .formats import Here
 from .retrace import as_traced, simplify
 
 if TYPE_CHECKING:
     from .qdq import Convention
 
-__all__ = ["DEFAULT_OPSET", "Traced", "stored_bytes", "trace", "write", "write_graph", "write_plain"]
+__all__ = [
+    *("DEFAULT_OPSET", "Traced", "lower", "stand_in", "stored_bytes", "trace"),
+    *("write", "write_graph", "write_plain"),
+]
 
 DEFAULT_OPSET = 20
 """What torch.onnx.export writes when not told otherwise (torch 2.13): the export whose speed ours is compared with."""
@@ -59,6 +65,17 @@ def trace(part: Part) -> Traced:
         ) from error
     simplify(program)
     return Traced(part, program)
+
+
+def lower(traced: Traced, folder: Path, target: Target) -> PartSpec:
+    """For ONNX Runtime on `target`; see `write`."""
+    spec = write(traced, folder, opset=target.backend.opset, fuse_attention=target.recipe.fuse_attention)
+    return replace(spec, device=target.device.kind)
+
+
+def stand_in(spec: PartSpec, target: Target) -> Here:
+    """ONNX Runtime on this host's CPU."""
+    return Here(replace(spec, device="cpu"), spec.precision)
 
 
 def write(traced: Traced, folder: Path, *, opset: int, fuse_attention: bool = True) -> PartSpec:

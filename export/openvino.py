@@ -18,14 +18,37 @@ import numpy as np
 
 from ..model.libraries import library, torch
 from ..model.quantized import Layer
+from ..runtime.backends import runs_in
 from ..runtime.errors import CheckpointError, MissingExtra
 from ..runtime.manifest import PartSpec
+from ..targets import Target
+from .formats import Here
 from .onnx import Traced, write_graph
 from .openvino_weights import fill, stand_ins
 
-__all__ = ["GRAPH", "convert", "write"]
+__all__ = ["GRAPH", "convert", "lower", "stand_in", "write"]
 
 GRAPH = "openvino_model.xml"
+
+
+def lower(traced: Traced, folder: Path, target: Target) -> PartSpec:
+    """For OpenVINO on `target`; see `write`."""
+    return write(
+        traced,
+        folder,
+        opset=target.backend.opset,
+        weights=target.recipe.weights,
+        precision=target.recipe.precision,
+        device=target.device.kind,
+    )
+
+
+def stand_in(spec: PartSpec, target: Target) -> Here:
+    """OpenVINO on this host's CPU."""
+    local = replace(spec, device="cpu")
+    precision = runs_in(local)
+    assert precision is not None, "every host has a CPU"
+    return Here(local, precision)
 
 
 def write(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import platform
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,15 @@ from ..model.libraries import torch
 from ..model.model import Model, Part
 from ..model.trajectories import run_part
 from ..quant.simulate import weights_of
-from ..runtime.backends import runs_in
+from ..runtime.backends import Opener, runs_in
 from ..runtime.manifest import Manifest, PartSpec
 from ..targets import Target
-from . import child, gate, onnx, openvino
+from . import child, gate, onnx
+from .formats import Here, format_of
 from .plans import plans_of
 from .preflight import LARGE_BYTES
 
-__all__ = ["Lowered", "check", "check_pipeline", "fixed", "here", "lower"]
+__all__ = ["Lowered", "check", "check_pipeline", "fixed", "floors", "here", "lower"]
 
 GATE_STEPS = 2
 """Steps the gate draws with where one forward takes seconds: two, so that a step feeds another."""
@@ -62,16 +63,21 @@ def fixed(model: Model) -> Model:
     return replace(model, parts=parts, sample=replace(sample, fixed=True))
 
 
-def here(spec: PartSpec, target: Target) -> tuple[PartSpec, str, bool]:
-    """The spec as this host can run it, the precision that gives, and whether this is such a device as the target.
+def here(spec: PartSpec, target: Target) -> Here:
+    """How this host runs a lowered part: on such a device as the target, or by the stand-in of its format."""
+    precision = runs_in(spec)
+    if precision is None:
+        return format_of(spec.engine).stand_in(spec, target)
+    same = target.device.machine in ("any", platform.machine())
+    return Here(spec, precision, "device" if same else "converted")
 
-    Where it is not, the very graph runs on this host's CPU: that proves the conversion, not the device.
-    """
-    local = spec if runs_in(spec) is not None else replace(spec, device="cpu")
-    precision = runs_in(local)
-    assert precision is not None, "every host has a CPU"
-    same = local is spec and target.device.machine in ("any", platform.machine())
-    return local, precision, same
+
+def floors(part: Part, spec: PartSpec, computed: str) -> str:
+    """Which of the target's [quality] tables judges a part: of its integers, or of the precision computed in."""
+    if part.quantized is not None:
+        return part.quantized.floors
+    bits = spec.quantization.get("bits_per_weight")
+    return computed if bits is None else "int8" if bits >= 8 else "int4"
 
 
 def lower(
@@ -109,24 +115,15 @@ def _lower_here(part: Part, folder: Path, baseline: Path | None, target: Target,
 
 
 def _write(part: Part, folder: Path, baseline: Path | None, target: Target, optimize: bool) -> PartSpec:
-    traced, recipe = onnx.trace(part), target.recipe
+    traced = onnx.trace(part)
     if baseline is not None:
         onnx.write_plain(traced, baseline)
     if not optimize:
         return onnx.write_plain(traced, folder)
-    if target.backend.engine == "openvino":
-        return openvino.write(
-            traced,
-            folder,
-            opset=target.backend.opset,
-            weights=recipe.weights,
-            precision=recipe.precision,
-            device=target.device.kind,
-        )
-    return onnx.write(traced, folder, opset=target.backend.opset, fuse_attention=recipe.fuse_attention)
+    return format_of(target.backend.engine).lower(traced, folder, target)
 
 
-def check(part: Part, spec: PartSpec, graph: Path, work: Path) -> tuple[gate.PartQuality, int | None]:
+def check(part: Part, here: Here, graph: Path, work: Path) -> tuple[gate.PartQuality, int | None]:
     """Torch here against the engine: in this process for a small part, in one of its own for a large or dear one.
 
     The second value is the peak resident memory of that process, in bytes.
@@ -135,10 +132,10 @@ def check(part: Part, spec: PartSpec, graph: Path, work: Path) -> tuple[gate.Par
     tried = gate.cases(part, few=dear)
     feeds = list(tried.values())
     if dear or part.weight_bytes() > LARGE_BYTES:  # its activations can be larger than its weights
-        done = child.call(gate.run_graph, graph, spec, feeds, work=work)
+        done = child.call(gate.run_graph, graph, here.spec, feeds, here.opener, work=work)
         got, peak = done.value, done.peak_rss_bytes
     else:
-        got, peak = gate.run_graph(graph, spec, feeds), None
+        got, peak = gate.run_graph(graph, here.spec, feeds, here.opener), None
     wanted = [run_part(part, case) for case in feeds]
     return gate.compare(part.name, list(tried), wanted, got), peak
 
@@ -152,6 +149,7 @@ def check_pipeline(
     target: Target,
     precisions: Collection[str],
     work: Path,
+    openers: Mapping[str, Opener] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The whole pipeline against the original with equal seeds: what was measured, and the golden latent.
 
@@ -161,6 +159,7 @@ def check_pipeline(
 
     manifest    with its parts as this host runs them
     precisions  what it computes them in
+    openers     part -> what opens its graph here, where that is not the engine itself
     """
     large = any(part.weight_bytes() > LARGE_BYTES for part in model)
     dear = any(part.work() > gate.DEAR for part in model)
@@ -170,9 +169,9 @@ def check_pipeline(
         short = plans_of(model, sampler, GATE_STEPS)["default"]
         shown, steps = replace(manifest, plans={"default": short.to_json()}), GATE_STEPS
     if large:
-        images, golden = child.call(gate.draw, folder, shown, count, work=work).value
+        images, golden = child.call(gate.draw, folder, shown, count, openers, work=work).value
     else:
-        images, golden = gate.draw(folder, shown, count)
+        images, golden = gate.draw(folder, shown, count, openers)
     by_diffusers = sampler == "model" and model.original is not None and _as_loaded(model)
     wanted = (
         gate.draw_by_diffusers(model, shown, steps, count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -58,15 +58,18 @@ def plan_of(model: Model, sampler: str, steps: int) -> Plan:
     return plan(name, steps, model.process, prediction=model.prediction, grid=_grid(model))
 
 
-def plans_of(model: Model, sampler: str, steps: int) -> dict[str, Plan]:
+def plans_of(model: Model, sampler: str, steps: int, offered: Sequence[int] = ()) -> dict[str, Plan]:
     """Every plan a bundle carries, by name: "default", and for two denoisers of one latent space some more.
+
+    offered  further numbers of steps, as steps_N; none beyond what a few-step model was made for
 
     A stitched pair: default, full and small, which are of both networks and of each alone. A student and its teacher:
     default and student, which are the student's own steps; refine, from the student's picture on; and full.
     """
     alone = plan_of(model, sampler, steps)
     if model.small is None:
-        return {"default": alone}
+        more = [n for n in offered if model.steps is None or n <= model.steps]
+        return {"default": alone, **{f"steps_{n}": plan_of(model, sampler, n) for n in more}}
     small, share = model.small.model, model.small.share
     distilled = model.guidance.scale != 1.0 and small.guidance.scale == 1.0  # guidance is in its weights
     if share is not None:

@@ -15,7 +15,7 @@ from ..model import Context, Model, load
 from ..model.families import with_image_encoder
 from ..model.load import Summary, summarize
 from ..model.pairs import check_alike, with_small
-from ..runtime.backends import require
+from ..runtime.backends import open_session, require
 from ..runtime.bundle import Bundle, BundleWriter
 from ..runtime.files import remove, temporary_name
 from ..runtime.manifest import Manifest, PartSpec, TokenizerSpec
@@ -26,6 +26,7 @@ from ..runtime.times import check_steps, find_grid
 from ..runtime.two_graphs import SHARE
 from ..targets import Target, load_target
 from . import child, gate, parts, preflight, second, sidefiles, speed
+from .formats import Here
 from .passes import configured, run_passes, steps_of
 from .plans import plan_of, plans_of, traced_sampler
 from .preflight import gib
@@ -159,10 +160,10 @@ def export_bundle(
             clock.lap("passes")
             if not device.limits.dynamic_shapes:
                 model = parts.fixed(model)
-            plans = plans_of(model, sampler, steps)
+            plans = plans_of(model, sampler, steps, device.recipe.offered)
             default = plans["default"]
             specs: dict[str, PartSpec] = {}
-            local: dict[str, PartSpec] = {}
+            local: dict[str, Here] = {}
             precisions: dict[str, str] = {}
             quality: dict[str, Any] = {"parts": {}}
             speeds: dict[str, Any] = {}
@@ -178,9 +179,9 @@ def export_bundle(
                 lowered = parts.lower(
                     part, writer.folder / part.name, device, work, baseline, optimize=optimize
                 )
-                local[part.name], computed, same = parts.here(lowered.spec, device)
-                precisions[part.name] = computed if part.quantized is None else part.quantized.floors
-                specs[part.name] = replace(lowered.spec, executed=same)
+                here = local[part.name] = parts.here(lowered.spec, device)
+                precisions[part.name] = parts.floors(part, lowered.spec, here.precision)
+                specs[part.name] = replace(lowered.spec, executed=here.how)
                 if lowered.separate:
                     peaks[f"lower {part.name}"] = lowered.peak_rss_bytes
                 clock.lap(f"lower {part.name}")
@@ -188,15 +189,15 @@ def export_bundle(
                 yield Progress(
                     f"gate {part.name}", begin + 0.7 * share, f"{gib(_size(graph.parent))} on disk"
                 )
-                checked, peak = parts.check(part, local[part.name], graph, work)
+                checked, peak = parts.check(part, here, graph, work)
                 if peak is not None:
                     peaks[f"gate {part.name}"] = peak
                 gate.judge_part(part.name, checked, device, precisions[part.name], part.quantized)
-                quality["parts"][part.name] = {**checked.to_json(), "computed_in": computed}
+                quality["parts"][part.name] = {**checked.to_json(), "computed_in": here.precision}
                 clock.lap(f"gate {part.name}")
                 note = f"relative error {checked.relative_error:.1e} ({checked.snr_db:.0f} dB)"
                 yield Progress(f"speed {part.name}", begin + 0.9 * share, note)
-                if not same:
+                if here.how != "device":
                     speeds[part.name] = {"verdict": f"not measured: this host is no {device.device.name}"}
                 elif baseline is not None:
                     speeds[part.name] = speed.measure(part, lowered.spec, graph, baseline / "model.onnx")
@@ -214,13 +215,14 @@ def export_bundle(
             yield Progress("gate pipeline", 0.87, f"{default.sampler}, {default.steps} steps, equal seeds")
             seen, golden = parts.check_pipeline(
                 model,
-                replace(manifest, parts=local),
+                replace(manifest, parts={name: each.spec for name, each in local.items()}),
                 writer.folder,
                 sampler,
                 steps,
                 device,
                 set(precisions.values()),
                 work,
+                {name: each.opener for name, each in local.items() if each.opener is not open_session},
             )
             quality |= {"pipeline": seen, "golden": golden}
             clock.lap("gate pipeline")

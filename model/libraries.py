@@ -14,14 +14,26 @@ from ..runtime.errors import MissingExtra
 __all__ = ["diffusers", "library", "quiet", "torch", "transformers"]
 
 
+EXTRAS = {
+    "peft": "train",
+    "coremltools": "coreml",
+    "ai_edge_litert": "litert",
+    "ai_edge_quantizer": "litert",
+    "litert_torch": "litert",
+    "onnxruntime_qnn": "qnn",
+    "tensorrt_rtx": "tensorrt",
+}
+"""Library -> the extra of fewstep that installs it; all others are of export."""
+
+
 def library(name: str) -> Any:
-    """Import a library of the `export` extra, or peft of `train`. Raises MissingExtra with the pip command."""
+    """Import a library of the `export` extra, or one of EXTRAS. Raises MissingExtra with the pip command."""
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name.partition(".")[0]:
             raise
-        raise MissingExtra.of(error.name, "train" if error.name == "peft" else "export") from None
+        raise MissingExtra.of(error.name, EXTRAS.get(error.name, "export")) from None
 
 
 def torch() -> Any:

@@ -60,8 +60,9 @@ class PartSpec:
     """What the engine is asked to compute in: float32, bfloat16 or float16. A device that lacks it takes float32."""
     device: str = "cpu"
     """cpu, gpu or npu: what the engine runs the graph on."""
-    executed: bool = True
-    """Whether the gate ran this very graph on such a device; False means converted, not executed."""
+    executed: str = "device"
+    """What ran this very graph at the gate. device: such a device; emulated: its maker's emulator; converted: another
+    engine or processor, which proves the conversion alone."""
     quantization: JSON = field(default_factory=dict)
     """Bits the weights really take, what layers' inputs are rounded to, and every tensor left alone; empty: nothing is
     quantized."""
@@ -239,6 +240,7 @@ SHIFTS = ("exponential", "linear")
 GUIDANCES = ("none", "cfg")
 DEVICES = ("cpu", "gpu", "npu")
 PRECISIONS = ("float32", "bfloat16", "float16")
+EXECUTED = ("device", "emulated", "converted")
 DTYPES = (
     *("float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64"),
     *("uint8", "uint16", "uint32", "uint64", "bool"),
@@ -298,6 +300,7 @@ def _check(m: Manifest) -> None:
         )
         one_of(f"device of {name}", part.device, DEVICES)
         one_of(f"precision of {name}", part.precision, PRECISIONS)
+        one_of(f"executed of {name}", part.executed, EXECUTED)
         known = part.margin is None or 0 <= part.margin < 2**16
         need(known, f"margin of {name}", part.margin, "0 to 65535, or null")
         need(part.graph in m.files, f"graph of {name}", part.graph, "a file of the list in files")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .backends import Session, open_session
+from .backends import Opener, Session, open_session
 from .bundle import Bundle
 from .denoiser import Denoiser, by_graph, network_inputs
 from .errors import Cancelled, MissingExtra
@@ -71,6 +71,7 @@ class Pipeline:
     """Close each part as soon as its stage is over, so that the largest part bounds memory, not their sum."""
     threads: int | None = None
     _sessions: dict[str, Session] = field(default_factory=dict)
+    _openers: Mapping[str, Opener] = field(default_factory=dict)
     _tokenizer: Any = None
     _load_s: float = 0.0
     _stop: bool = False
@@ -380,7 +381,8 @@ class Pipeline:
         if name not in self._sessions:
             start = time.perf_counter()
             spec = self.manifest.parts[name]
-            self._sessions[name] = open_session(self.bundle.file(spec.graph), spec, threads=self.threads)
+            opener = self._openers.get(name) or partial(open_session, threads=self.threads)
+            self._sessions[name] = opener(self.bundle.file(spec.graph), spec)
             self._load_s += time.perf_counter() - start
         return self._sessions[name]
 

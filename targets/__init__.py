@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from ..runtime.backends import EXTRAS
+from ..runtime.backends import ENGINES
 from ..runtime.errors import BadInput
 
 __all__ = [
@@ -20,7 +20,8 @@ __all__ = [
 FOLDER = Path(__file__).parent
 
 KINDS = ("cpu", "gpu", "npu")
-MACHINES = ("any", "x86_64", "aarch64")
+MACHINES = ("any", "x86_64", "aarch64", "arm64", "wasm32")
+"""arm64 is what macOS and iOS call an aarch64; wasm32 is a browser on whatever processor."""
 PRECISIONS = ("float32", "bfloat16", "float16")
 """What a manifest may say, too (runtime/manifest.py)."""
 FLOORS = (*PRECISIONS, "int8", "int4")
@@ -34,15 +35,17 @@ class Device:
     """cpu, gpu or npu: what the engine runs the graphs on."""
     memory_mib: int
     machine: str = "any"
-    """What platform.machine() says there, x86_64 or aarch64: elsewhere a bundle is converted, not executed."""
+    """What platform.machine() says there, one of MACHINES: elsewhere a bundle is converted, not executed."""
 
 
 @dataclass(frozen=True)
 class Backend:
     engine: str
     """The runtime backend that opens the graphs."""
-    opset: int
-    """The ONNX operator set graphs are written in."""
+    opset: int = 20
+    """The ONNX operator set graphs are written in, where they are ONNX or come by way of it."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What only this engine's lowering knows: the fields of `Options` in its module of export/."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class Recipe:
     """What the engine is asked to compute in. A host that lacks it computes in float32."""
     weights: str = "float32"
     """What weights are stored as: float32 or float16."""
+    offered: tuple[int, ...] = ()
+    """Steps of further plans, named steps_N, for runtimes that cannot trace one."""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Pass -> its fields where they are not the pass's own defaults."""
 
@@ -171,7 +176,7 @@ def _check(target: Target, file: Path) -> None:
     for where, values, known in (
         ("[device] kind", (target.device.kind,), KINDS),
         ("[device] machine", (target.device.machine,), MACHINES),
-        ("[backend] engine", (target.backend.engine,), tuple(EXTRAS)),
+        ("[backend] engine", (target.backend.engine,), tuple(ENGINES)),
         ("[limits] precisions", limits.precisions, PRECISIONS),
         ("[recipe] precision", (recipe.precision,), limits.precisions),
         ("[recipe] weights", (recipe.weights,), ("float32", "float16")),
@@ -237,6 +242,10 @@ def _value(value: Any, kind: Any, where: str) -> Any:
         if not isinstance(value, list) or not all(isinstance(entry, item) for entry in value):
             raise BadInput(f"{where} is {value!r}", expected=f"a list of {item.__name__}")
         return tuple(value)
+    if get_origin(kind) is Mapping:
+        if not isinstance(value, dict):
+            raise BadInput(f"{where} is {value!r}", expected="a table")
+        return value
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:

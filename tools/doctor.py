@@ -16,6 +16,10 @@ __all__ = ["add", "call", "kernels"]
 EXTRAS = {
     "onnx": ("onnxruntime", "tokenizers", "pillow", "rich"),
     "openvino": ("openvino", "tokenizers", "pillow", "rich"),
+    "coreml": ("coremltools", "scikit-learn"),
+    "litert": ("litert-torch", "ai-edge-litert", "ai-edge-quantizer"),
+    "qnn": ("onnxruntime-qnn",),
+    "tensorrt": ("tensorrt-rtx",),
     "export": ("torch", "diffusers", "transformers", "accelerate", "safetensors", "onnx", "onnxscript"),
 }
 """Extra of fewstep -> the libraries it brings, as pyproject.toml lists them."""

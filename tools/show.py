@@ -111,10 +111,12 @@ def _bundle(path: Path) -> Answer:
         )
         for p in parts
     ]
-    if not all(part["executed"] for part in parts):
-        sections.append(
-            "converted, not executed: " + ", ".join(p["part"] for p in parts if not p["executed"])
-        )
+    for how, words in (
+        ("converted", "converted, not executed"),
+        ("emulated", "executed by an emulator alone"),
+    ):
+        if named := [p["part"] for p in parts if p["executed"] == how]:
+            sections.append(f"{words}: {', '.join(named)}")
     return Answer(data, "\n\n".join(section for section in sections if section))
 
 

@@ -1,25 +1,43 @@
 """Engines: one module a library, named for it, imported only when a graph asks for it.
 
 A backend module offers `open_session(path, spec, *, threads=None) -> Session`, `library_version() -> str` and
-`runs_in(spec) -> str`.
+`runs_in(spec) -> str | None`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 from numpy.typing import NDArray
 
 from ..errors import BadInput, MissingExtra
 from ..manifest import PartSpec
 
-__all__ = ["EXTRAS", "Session", "open_session", "require", "runs_in"]
+__all__ = ["ENGINES", "Engine", "Opener", "Session", "open_session", "require", "runs_in"]
 
-EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}
-"""Engine -> the extra of fewstep that installs it. Adding an engine is a module beside this one and a line here."""
+
+@dataclass(frozen=True)
+class Engine:
+    library: str
+    """What its backend imports."""
+    extra: str
+    """The extra of fewstep that installs it."""
+
+
+ENGINES = {
+    "onnxruntime": Engine("onnxruntime", "onnx"),
+    "openvino": Engine("openvino", "openvino"),
+    "coreml": Engine("coremltools", "coreml"),
+    "litert": Engine("ai_edge_litert", "litert"),
+    "qnn": Engine("onnxruntime_qnn", "qnn"),
+    "tensorrt": Engine("tensorrt", "tensorrt"),
+    "aoti": Engine("torch", "export"),
+}
+"""What a manifest and a target may name. Adding an engine is a module beside this one and a line here."""
 
 
 class Session(Protocol):
@@ -34,6 +52,10 @@ class Session(Protocol):
     def close(self) -> None:
         """Free the weights. The session cannot run afterwards; closing twice is fine."""
         ...
+
+
+Opener: TypeAlias = Callable[[Path, PartSpec], Session]
+"""What opens a graph in the place of `open_session`: something else that runs the same file."""
 
 
 def open_session(path: Path, spec: PartSpec, *, threads: int | None = None) -> Session:
@@ -59,11 +81,12 @@ def require(engine: str) -> None:
 
 
 def _backend(engine: str) -> Any:
-    if engine not in EXTRAS:
-        raise BadInput(f"engine {engine!r}", expected=f"one of {', '.join(sorted(EXTRAS))}")
+    if engine not in ENGINES:
+        raise BadInput(f"engine {engine!r}", expected=f"one of {', '.join(sorted(ENGINES))}")
+    library = ENGINES[engine].library
     try:
         return import_module(f".{engine}", __package__)
     except ModuleNotFoundError as error:
-        if error.name != engine:
+        if error.name != library:
             raise
-        raise MissingExtra.of(engine, EXTRAS[engine]) from None
+        raise MissingExtra.of(library, ENGINES[engine].extra) from None

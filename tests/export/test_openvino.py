@@ -57,7 +57,11 @@ def test_a_bundle_for_openvino_holds_ir_by_the_names_other_tools_look_for(bundle
     manifest = Bundle.open(bundle).manifest
     for name, part in manifest.parts.items():
         assert (part.engine, part.graph) == ("openvino", f"{name}/openvino_model.xml")
-        assert (part.precision, part.device, part.executed) == ("bfloat16", "cpu", X86)
+        assert (part.precision, part.device, part.executed) == (
+            "bfloat16",
+            "cpu",
+            "device" if X86 else "converted",
+        )
         assert (bundle / name / "openvino_model.bin").exists()
         assert {file.suffix for file in (bundle / name).iterdir()} == {".xml", ".bin", ".json"}
     assert "openvino" in manifest.versions
@@ -123,7 +127,7 @@ def test_a_large_part_goes_through_processes_of_its_own(pixels, tmp_path, monkey
 def test_a_bundle_for_an_npu_is_of_fixed_sizes_and_says_it_was_not_executed(labelled, tmp_path):
     *_, done = export(labelled, tmp_path / "b", "intel-npu", measure_speed=True)
     part = done.manifest.parts["unet"]
-    assert (part.device, part.executed, part.precision) == ("npu", False, "float16")
+    assert (part.device, part.executed, part.precision) == ("npu", "converted", "float16")
     assert [spec.shape for spec in part.inputs] == [(1, 3, 8, 8), (1,), (1,)]
     assert part.outputs[0].shape == (1, 3, 8, 8)
     assert done.manifest.sample.fixed
@@ -139,7 +143,10 @@ def test_a_bundle_for_an_npu_is_of_fixed_sizes_and_says_it_was_not_executed(labe
 def test_a_bundle_for_another_machine_is_checked_here_and_says_so(pixels, tmp_path):
     *_, done = export(pixels, tmp_path / "b", "raspberry-pi-5")
     part = done.manifest.parts["unet"]
-    assert (part.engine, part.executed) == ("onnxruntime", platform.machine() == "aarch64")
+    assert (part.engine, part.executed) == (
+        "onnxruntime",
+        "device" if platform.machine() == "aarch64" else "converted",
+    )
     assert done.manifest.quality["parts"]["unet"]["relative_error"] < 1e-5
 
 
