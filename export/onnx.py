@@ -6,6 +6,7 @@ rewrites what the engine is slow at. Weights are written once, straight from tor
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,9 +69,14 @@ def trace(part: Part) -> Traced:
 
 
 def lower(traced: Traced, folder: Path, target: Target) -> PartSpec:
-    """For ONNX Runtime on `target`; see `write`."""
-    spec = write(traced, folder, opset=target.backend.opset, fuse_attention=target.recipe.fuse_attention)
-    return replace(spec, device=target.device.kind)
+    """For ONNX Runtime on `target`; see `write`. Inputs and outputs are float32 in every precision."""
+    recipe = target.recipe
+    if recipe.precision == "float16":
+        from .halves import in_float16
+
+        traced = trace(in_float16(traced.part))
+    spec = write(traced, folder, opset=target.backend.opset, fuse_attention=recipe.fuse_attention)
+    return replace(spec, device=target.device.kind, precision=recipe.precision)
 
 
 def stand_in(spec: PartSpec, target: Target) -> Here:
@@ -97,14 +103,24 @@ def write(traced: Traced, folder: Path, *, opset: int, fuse_attention: bool = Tr
     return _save(traced.part, graph, folder)
 
 
-def write_graph(traced: Traced, folder: Path, *, opset: int, convention: Convention | None = None) -> Path:
+def write_graph(
+    traced: Traced,
+    folder: Path,
+    *,
+    opset: int,
+    convention: Convention | None = None,
+    rewrite: Callable[[Any], None] | None = None,
+) -> Path:
     """Write folder/model.onnx for another converter to read: standard operators, whole ones where there are any.
 
     convention  how its engine takes integers; None: as bytes without a sign (qdq.PORTABLE)
+    rewrite     changes the onnx-ir model in place, while its values still have their types
     """
     clean, graph = _clean(), _translate(traced, opset)
     if traced.part.quantized is not None:
         _qdq().quantize(graph, traced.part, convention or _qdq().PORTABLE)
+    if rewrite is not None:
+        rewrite(graph)
     clean.tidy(graph)
     clean.strip(graph)
     _save(traced.part, graph, folder)
