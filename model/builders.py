@@ -92,10 +92,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 """Name after `arch:` -> the U-Net's configuration; text encoder, VAE and scheduler are SD-1.5's in all of them."""
 
 
-def build_pipeline(name: str, tokenizer_folder: Path, seed: int = 0) -> Any:
+def build_pipeline(name: str, tokenizer_folder: Path, seed: int | None = 0) -> Any:
     """A StableDiffusionPipeline of a known architecture with random float32 weights.
 
     tokenizer_folder  where a small tokenizer is written: it has CLIP's special tokens, but spells words in bytes
+    seed              None: its tensors have shapes and no memory
     """
     return _pipeline(ARCHITECTURES[name], SD15_VAE, CLIP_L, tokenizer_folder, seed)
 
@@ -162,10 +163,13 @@ def _networks(unet: Any, vae: Any, text: Any) -> dict[str, Callable[[], Any]]:
     }
 
 
-def _pipeline(unet: Any, vae: Any, text: Any, tokenizer_folder: Path, seed: int) -> Any:
+def _pipeline(unet: Any, vae: Any, text: Any, tokenizer_folder: Path, seed: int | None) -> Any:
     write_tokenizer(tokenizer_folder, text["vocab_size"])
     networks = _networks(unet, vae, text)
-    parts = {name: _random(make, seed + i) for i, (name, make) in enumerate(networks.items())}
+    parts = {
+        name: _empty(make) if seed is None else _random(make, seed + i)
+        for i, (name, make) in enumerate(networks.items())
+    }
     with quiet():
         tokenizer = transformers().CLIPTokenizer.from_pretrained(str(tokenizer_folder), local_files_only=True)
         return diffusers().StableDiffusionPipeline(
@@ -178,6 +182,11 @@ def _pipeline(unet: Any, vae: Any, text: Any, tokenizer_folder: Path, seed: int)
         )
 
 
+def _empty(make: Callable[[], Any]) -> Any:
+    with torch().device("meta"):
+        return make().eval()
+
+
 def _random(make: Callable[[], Any], seed: int) -> Any:
     """Build a module without its own slow initialization and fill it from one seeded generator.
 
@@ -185,8 +194,7 @@ def _random(make: Callable[[], Any], seed: int) -> Any:
     would hide every error behind it.
     """
     th = torch()
-    with th.device("meta"):
-        module = make()
+    module = _empty(make)
     module.to_empty(device="cpu")
     generator = th.Generator().manual_seed(seed)
     for name, tensor in module.named_parameters():

@@ -10,9 +10,9 @@ from typing import Any
 
 from ..runtime.errors import BadInput, CheckpointError
 from ..runtime.manifest import NAME
-from .checks import check_finite, read_json, read_prompts, weight_files
+from .checks import check_finite, read_header, read_json, read_prompts, weight_files
 from .families import FAMILIES, from_pipeline
-from .libraries import diffusers, library, quiet, transformers
+from .libraries import diffusers, library, quiet, torch, transformers
 from .model import Model
 from .save import GUIDANCE_KEY, HISTORY_KEY, PROMPTS_FILE, STEPS_KEY
 from .structure import KEY, Structure, restructure
@@ -123,14 +123,19 @@ def _not_a_checkpoint(folder: Path) -> CheckpointError:
     )
 
 
-def load_folder(folder: Path, name: str = "") -> Model:
-    """Check everything cheap, then every weight, then build the modules in float32. Raises CheckpointError."""
+def load_folder(folder: Path, name: str = "", *, empty: bool = False) -> Model:
+    """Check everything cheap, then every weight, then build the modules in float32. Raises CheckpointError.
+
+    empty  no weight is read: the modules' tensors have shapes and no memory
+    """
     index = read_index(folder)
     scheduler = _scheduler(index)
     for component in index.networks():
         read_json(folder / component / "config.json")
-        check_finite(index.files(component))
-    parts = {component: _network(index, component) for component in index.networks()}
+        if not empty:
+            check_finite(index.files(component))
+    make = _empty_network if empty else _network
+    parts = {component: make(index, component) for component in index.networks()}
     if "tokenizer" in index.components:
         parts["tokenizer"] = _tokenizer(index)
     with quiet():
@@ -197,8 +202,46 @@ def _network(index: Index, component: str) -> Any:
     return module.float().eval()
 
 
+def _empty_network(index: Index, component: str) -> Any:
+    """The network of a component on torch's device "meta"."""
+    origin, kind = index.components[component]
+    config = read_json(index.folder / component / "config.json")
+    with torch().device("meta"):
+        if KEY in config:
+            return _restructured(index, component, _shapes(index, component)).eval()
+        try:
+            with quiet():
+                if origin == "diffusers":
+                    return getattr(diffusers(), kind).from_config(config).eval()
+                made = getattr(transformers(), kind)
+                return made(made.config_class.from_dict(config)).eval()
+        except Exception as error:  # whatever a constructor makes of odd numbers
+            raise CheckpointError(
+                f"{index.folder / component / 'config.json'}: {kind} refuses it ({_line(error)})", fix=AGAIN
+            ) from error
+
+
+def _shapes(index: Index, component: str) -> dict[str, tuple[int, ...]]:
+    """Of a component's weights, by their files' headers."""
+    headers = [tensor for file in index.files(component) for tensor in read_header(file)]
+    return {tensor.name: tensor.shape for tensor in headers}
+
+
 def _pruned(index: Index, component: str) -> Any:
     """A network that diffusers cannot build from its configuration alone: blocks are gone, or layers are narrower."""
+    files = index.files(component)
+    fp16 = all(".fp16." in file.name for file in files)
+    weights: dict[str, Any] = {}
+    for file in files:
+        if (".fp16." in file.name) == fp16:
+            weights |= library("safetensors.torch").load_file(str(file))
+    network = _restructured(index, component, {name: tuple(t.shape) for name, t in weights.items()})
+    network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
+    return network.requires_grad_(True).eval()
+
+
+def _restructured(index: Index, component: str, shapes: Mapping[str, tuple[int, ...]]) -> Any:
+    """The network by its configuration, cut as that says; its weights are not read yet."""
     folder, kind = index.folder / component, index.components[component][1]
     config = read_json(folder / "config.json")
     try:
@@ -207,12 +250,6 @@ def _pruned(index: Index, component: str) -> Any:
         raise CheckpointError(
             f"{folder / 'config.json'}: {error.found}", expected=error.expected, fix=AGAIN
         ) from None
-    files = index.files(component)
-    fp16 = all(".fp16." in file.name for file in files)
-    weights: dict[str, Any] = {}
-    for file in files:
-        if (".fp16." in file.name) == fp16:
-            weights |= library("safetensors.torch").load_file(str(file))
     try:
         with quiet():
             network = getattr(diffusers(), kind).from_config(
@@ -223,12 +260,11 @@ def _pruned(index: Index, component: str) -> Any:
             f"{folder / 'config.json'}: {kind} refuses it ({_line(error)})", fix=AGAIN
         ) from error
     try:
-        restructure(network, structure, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+        restructure(network, structure, shapes)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error.found}", expected=error.expected, fix=error.fix) from None
-    network.load_state_dict({name: tensor.float() for name, tensor in weights.items()}, assign=True)
     network.register_to_config(**{KEY: structure.to_json()})
-    return network.requires_grad_(True).eval()
+    return network
 
 
 def _tokenizer(index: Index) -> Any:

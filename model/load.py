@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..runtime.errors import CheckpointError
@@ -17,9 +17,9 @@ from .diffusers_folder import Index, load_folder, read_index
 from .families import FAMILIES, from_pipeline
 from .libraries import library
 from .model import Model
-from .single_file import load_single_file, summarize_single_file
+from .single_file import configuration_of, load_single_file, summarize_single_file
 
-__all__ = ["Summary", "load", "summarize"]
+__all__ = ["Summary", "load", "sketch", "summarize"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """owner/name, as huggingface.co writes it."""
@@ -64,6 +64,23 @@ def load(source: str | Path, *, allow_download: bool = False, config: Path | Non
     if path.is_file():
         return load_single_file(path, config)
     return load_folder(path, name=path.resolve().name if Path(source).exists() else text.rpartition("/")[2])
+
+
+def sketch(source: str | Path, *, allow_download: bool = False, config: Path | None = None) -> Model:
+    """The model that `load` returns, but for its weights, which have shapes and no memory: in seconds at any size.
+
+    Arguments and errors are those of `load`; what only shows in a weight is not checked. A file without a folder of its
+    family beside it raises CheckpointError as well.
+    """
+    text = str(source)
+    if text.startswith(ARCH):
+        return _architecture(text, empty=True)
+    path = _resolve(source, allow_download)
+    if path.is_file():
+        folder = configuration_of(path, config)
+        return replace(load_folder(folder, empty=True), name=path.stem)
+    name = path.resolve().name if Path(source).exists() else text.rpartition("/")[2]
+    return load_folder(path, name=name, empty=True)
 
 
 def summarize(source: str | Path, *, allow_download: bool = False) -> Summary:
@@ -138,10 +155,10 @@ def _known_architecture(source: str) -> str:
     return name
 
 
-def _architecture(source: str) -> Model:
+def _architecture(source: str, *, empty: bool = False) -> Model:
     name = _known_architecture(source)
     folder = Path(tempfile.mkdtemp(prefix="fewstep-tokenizer-"))
-    pipeline = build_pipeline(name, folder)
+    pipeline = build_pipeline(name, folder, None) if empty else build_pipeline(name, folder)
     weakref.finalize(
         pipeline, shutil.rmtree, folder, ignore_errors=True
     )  # read again when the bundle is written

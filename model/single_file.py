@@ -11,7 +11,7 @@ from .families import from_pipeline
 from .libraries import diffusers, quiet
 from .model import Model
 
-__all__ = ["load_single_file", "summarize_single_file"]
+__all__ = ["configuration_of", "load_single_file", "summarize_single_file"]
 
 PREFIXES = {
     # the CompVis names of a latent diffusion checkpoint (github.com/CompVis/stable-diffusion, ldm/models)
@@ -38,13 +38,8 @@ def summarize_single_file(file: Path) -> dict[str, int]:
     return counts
 
 
-def load_single_file(file: Path, config: Path | None) -> Model:
-    """Read it with diffusers' own converter; nothing is fetched.
-
-    config  a diffusers folder of the same family: its configuration and tokenizer, not its weights. Unless given, the
-            folder the file lies in, where that is one.
-    """
-    summarize_single_file(file)
+def configuration_of(file: Path, config: Path | None) -> Path:
+    """The folder that says what a file's weights are of: `config`, or the one it lies in. Raises CheckpointError."""
     if config is None and (file.parent / "model_index.json").exists():
         config = file.parent
     if config is None:
@@ -53,6 +48,17 @@ def load_single_file(file: Path, config: Path | None) -> Model:
             expected="a diffusers folder of the same family beside it, for the tokenizer and the configuration",
             fix="put the file into that folder, or pass config=folder",
         )
+    return config
+
+
+def load_single_file(file: Path, config: Path | None) -> Model:
+    """Read it with diffusers' own converter; nothing is fetched.
+
+    config  a diffusers folder of the same family: its configuration and tokenizer, not its weights. Unless given, the
+            folder the file lies in, where that is one.
+    """
+    summarize_single_file(file)
+    config = configuration_of(file, config)
     index = read_index(config)
     check_finite([file])
     try:
