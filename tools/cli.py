@@ -29,6 +29,7 @@ COMMANDS = {
     "prune": "take out what a denoiser needs least",
     "export": "turn a model into a bundle for a target",
     "run": "draw images with a bundle",
+    "serve": "draw in a browser: the web app and bundles on this machine",
     "bench": "measure bundles against each other on this host",
     "compare": "measure how far a bundle's pictures are from another's, or from its model's",
     "verify": "check a bundle: every hash, every graph, one replayed latent",

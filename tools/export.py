@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,15 @@ from .console import Answer, human_bytes, needs, watch
 
 __all__ = ["add", "call", "describe"]
 
+WEB = "web"
+"""Not a device: a site with the app and a bundle for every kind of browser."""
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a diffusers folder, a .safetensors file or a hub id")
-    parser.add_argument("--target", required=True, metavar="NAME", help="a device: see `fewstep targets`")
+    parser.add_argument(
+        "--target", required=True, metavar="NAME", help="a device: see `fewstep targets`; or web: a site"
+    )
     parser.add_argument("-o", "--output", required=True, metavar="DIR", type=Path, help="the bundle to write")
     parser.add_argument("--steps", type=int, help="steps of the default plan")
     parser.add_argument(
@@ -60,6 +66,8 @@ def call(args: argparse.Namespace) -> Answer:
     with needs("export"):
         from ..export import Exported, export_bundle
 
+    if args.target == WEB:
+        return _site(args)
     small, share = _second(args.stitch, args.student)
     events = export_bundle(
         args.model,
@@ -81,10 +89,8 @@ def call(args: argparse.Namespace) -> Answer:
     )
     seen = watch(events, "export", describe)
     done = seen[-1]
-    if not isinstance(done, Exported):  # a dry run
-        stages = [{"stage": event.stage, "note": event.note} for event in seen]
-        lines = [f"{stage['stage']}: {stage['note']}".rstrip(": ") for stage in stages]
-        return Answer({"dry_run": True, "stages": stages}, "\n".join(["would do:", *lines]))
+    if not isinstance(done, Exported):
+        return _intended(seen)
 
     manifest = done.manifest
     size = sum(spec.bytes for spec in manifest.files.values())
@@ -100,6 +106,48 @@ def call(args: argparse.Namespace) -> Answer:
         "peak_rss_bytes": dict(done.peak_rss_bytes),
     }
     return Answer(data, f"{done.path}: {manifest.name} for {args.target}, {human_bytes(size)}")
+
+
+def _site(args: argparse.Namespace) -> Answer:
+    """The app with a bundle for every kind of browser."""
+    from ..export.site import Site, export_site
+
+    for option in ("quantize", "stitch", "student", "image_input"):
+        if getattr(args, option):
+            raise BadInput(
+                f"--{option.replace('_', '-')} with --target {WEB}",
+                expected="the recipes of the targets web-wasm and web-webgpu",
+                fix="export a bundle with --target web-wasm, and fewstep serve it",
+            )
+    events = export_site(
+        args.model,
+        args.output,
+        steps=args.steps,
+        sampler=args.sampler,
+        times=args.times,
+        recipe=args.recipe,
+        overwrite=args.overwrite,
+        dry_run=args.dry_run,
+        allow_download=args.download,
+        config=args.config,
+    )
+    seen = watch(events, "export", describe)
+    done = seen[-1]
+    if not isinstance(done, Site):
+        return _intended(seen)
+    sizes = {
+        each.path.name: sum(spec.bytes for spec in each.manifest.files.values()) for each in done.bundles
+    }
+    data = {"site": str(done.path), "bundles": sizes}
+    text = ", ".join(f"{name} {human_bytes(size)}" for name, size in sizes.items())
+    return Answer(data, f"{done.path}: a site for any static host, with the bundles {text}")
+
+
+def _intended(seen: Sequence[Any]) -> Answer:
+    """What a dry run says."""
+    stages = [{"stage": event.stage, "note": event.note} for event in seen]
+    lines = [f"{stage['stage']}: {stage['note']}".rstrip(": ") for stage in stages]
+    return Answer({"dry_run": True, "stages": stages}, "\n".join(["would do:", *lines]))
 
 
 def _second(stitch: str | None, student: str | None) -> tuple[str | None, float | None]:
