@@ -1,6 +1,6 @@
 /** What a bundle says about itself, under the names that manifest.json has. The format is runtime/spec/bundle.md. */
 
-import { FewstepError, count, quoted } from "./errors.js";
+import { FewstepError, quoted } from "./errors.js";
 import { NAME, checkPaths } from "./paths.js";
 import {
   type Json,
@@ -11,6 +11,7 @@ import {
   list,
   mapping,
   optional,
+  raw,
   real,
   record,
   size,
@@ -66,7 +67,7 @@ const manifest = record({
   denoiser: text,
   parts: mapping(part),
   sample,
-  plans: mapping(anything),
+  plans: mapping(raw),
   sampler: text,
   grid,
   guidance: record({ kind: text, scale: real }),
@@ -192,7 +193,3 @@ export function graphsOf(m: Manifest): Map<string, string> {
   const alike = Object.keys(m.parts).filter((name) => name !== m.denoiser && inputs(name) === inputs(m.denoiser));
   return new Map([...alike.map((name): [string, string] => [name, name]), ["denoiser", m.denoiser]]);
 }
-
-/** Bytes of the listed files, for people: "12,345,678 bytes". */
-export const totalBytes = (m: Manifest): string =>
-  `${count(Object.values(m.files).reduce((sum, f) => sum + f.bytes, 0))} bytes`;

@@ -162,6 +162,7 @@ export function wrong(value: Json, expected: string, where: string): never {
   throw new FewstepError("bundle", `${where} is ${short}`, expected, "export the bundle again");
 }
 
+export const raw: Reader<Json> = (v) => v;
 export const anything: Reader<Json> = plain;
 export const text: Reader<string> = (v, where) => (typeof v === "string" ? v : wrong(v, "text", where));
 export const flag: Reader<boolean> = (v, where) => (typeof v === "boolean" ? v : wrong(v, "true or false", where));
