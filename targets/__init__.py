@@ -11,10 +11,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..runtime.backends import ENGINES
 from ..runtime.errors import BadInput
+from .profile import Profile, Rates
 
 __all__ = [
-    *("Backend", "Device", "Limits", "Quality", "Recipe", "Target", "known_targets", "load_target"),
-    "read_table",
+    *("Backend", "Device", "Limits", "Profile", "Quality", "Rates", "Recipe", "Target"),
+    *("known_targets", "load_target", "read_table"),
 ]
 
 FOLDER = Path(__file__).parent
@@ -24,6 +25,8 @@ MACHINES = ("any", "x86_64", "aarch64", "arm64", "wasm32")
 """arm64 is what macOS and iOS call an aarch64; wasm32 is a browser on whatever processor."""
 PRECISIONS = ("float32", "bfloat16", "float16")
 """What a manifest may say, too (runtime/manifest.py)."""
+RATED = (*PRECISIONS, "int8")
+"""What rates are for; int8: inputs and weights are integers, and what computes in floats beside them."""
 FLOORS = (*PRECISIONS, "int8", "int4")
 """What floors are for: a part computed in a precision, or quantized to integers of at least 8 bits, or of fewer."""
 
@@ -100,6 +103,8 @@ class Target:
     quality: Mapping[str, Quality]
     """What of FLOORS -> its floors: the precision the gate's host computed in, or a part's integers."""
     recipe: Recipe = field(default_factory=Recipe)
+    profile: Profile = field(default_factory=Profile)
+    """What it reaches, for predictions; without rates nothing is said of time."""
 
     def to_json(self) -> dict[str, Any]:
         """Name and limits as the manifest of a bundle carries them."""
@@ -133,6 +138,16 @@ class Target:
         _check(target, file)
         return target
 
+    def with_profile(self, file: Path) -> Target:
+        """This target with what another TOML file, of `fewstep bench --profile` for instance, says of its speed.
+
+        Its keys are [profile]'s; a table [profile.float32] replaces those of the target's own it names, key by key.
+        Raises BadInput.
+        """
+        found = _read(file)
+        _same_keys(file, "top level", set(found), {"profile"}, {"profile"})
+        return replace(self, profile=_profile(found["profile"], file, over=self.profile))
+
     def with_pass(self, name: str, **fields: Any) -> Target:
         """This target with a pass in its recipe, at the end where it had none, and some of its fields set."""
         recipe = self.recipe
@@ -158,16 +173,40 @@ def read_target(file: Path) -> Target:
     """Read any target file; see `load_target`."""
     tables = _read(file)
     kinds = {"device": Device, "backend": Backend, "limits": Limits, "recipe": Recipe}
-    known = {*kinds, "quality"}
-    _same_keys(file, "top level", set(tables), known, known - {"recipe"})
+    known = {*kinds, "quality", "profile"}
+    _same_keys(file, "top level", set(tables), known, known - {"recipe", "profile"})
     read = {name: read_table(kind, tables.get(name, {}), file, name) for name, kind in kinds.items()}
     floors = tables["quality"]
     if not isinstance(floors, Mapping):
         raise BadInput(f"{file}: quality is {floors!r}", expected="a table [quality.float32]")
     quality = {name: read_table(Quality, table, file, f"quality.{name}") for name, table in floors.items()}
-    target = Target(file.stem, **read, quality=quality)
+    profile = _profile(tables.get("profile", {}), file)
+    target = Target(file.stem, **read, quality=quality, profile=profile)
     _check(target, file)
     return target
+
+
+def _profile(data: Any, file: Path, over: Profile = Profile()) -> Profile:  # noqa: B008 - frozen
+    if not isinstance(data, Mapping):
+        raise BadInput(f"{file}: profile is {data!r}", expected="a table [profile]")
+    tables = {name: value for name, value in data.items() if isinstance(value, Mapping)}
+    keys = {name: value for name, value in data.items() if name not in tables}
+    _same_keys(file, "[profile]", set(tables), set(RATED), set())
+    rates = dict(over.rates)
+    for name, table in tables.items():
+        rates[name] = read_table(Rates, table, file, f"profile.{name}", over=rates.get(name, Rates()))
+        for key, value in dataclasses.asdict(rates[name]).items():
+            if not 0 <= value < float("inf"):
+                raise BadInput(
+                    f"{file}: [profile.{name}] {key} is {value!r}", expected="a number, not below 0"
+                )
+    profile: Profile = read_table(Profile, keys, file, "profile", over=replace(over, rates=rates))
+    if profile.cores < 1 or not 0 <= profile.parallel <= 1 or not 0 <= profile.base_mib < float("inf"):
+        said = f"cores {profile.cores}, parallel {profile.parallel}, base_mib {profile.base_mib}"
+        raise BadInput(
+            f"{file}: [profile] {said}", expected="at least one core, a share of 0 to 1, no negative memory"
+        )
+    return profile
 
 
 def _check(target: Target, file: Path) -> None:
