@@ -1,4 +1,4 @@
-"""Before any heavy work: will it fit in memory, on the disk, on the target?"""
+"""Before any heavy work: will this machine's memory and disk do?"""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..runtime.errors import BadInput, OutputError
-from ..targets import Target
 
-__all__ = ["Estimate", "check_room", "check_target", "estimate", "gib", "memory_available"]
+__all__ = ["Estimate", "check_room", "estimate", "gib", "memory_available"]
 
 LARGE_BYTES = 512 << 20
 """Parts with more weights are lowered and run in processes of their own, from a file that all of them map."""
@@ -57,24 +56,6 @@ def check_room(needs: Estimate, out: Path) -> None:
         raise OutputError(
             f"{out}: this export writes about {gib(needs.disk_bytes)} and {gib(room)} are free there",
             fix="free some space or write to another disk",
-        )
-
-
-def check_target(weights: Mapping[str, int], target: Target) -> None:
-    """Raises BadInput where a part, or all of them, cannot be held by the device."""
-    limits = target.limits
-    for name, size in weights.items():
-        if size > limits.part_mib << 20:
-            raise BadInput(
-                f"{name} has {gib(size)} of weights",
-                expected=f"at most {gib(limits.part_mib << 20)}, the limit of {target.id}",
-                fix="take a smaller model",
-            )
-    if sum(weights.values()) > limits.peak_memory_mib << 20:
-        raise BadInput(
-            f"the model has {gib(sum(weights.values()))} of weights",
-            expected=f"at most {gib(limits.peak_memory_mib << 20)}, the memory limit of {target.id}",
-            fix="take a smaller model",
         )
 
 

@@ -26,6 +26,7 @@ from ..runtime.times import check_steps, find_grid
 from ..runtime.two_graphs import SHARE
 from ..targets import Target, load_target
 from . import child, gate, parts, preflight, second, sidefiles, speed
+from .foresee import Foreseen, check_fits, foresee, planned, sketched
 from .formats import Here
 from .passes import configured, run_passes, steps_of
 from .plans import plan_of, plans_of, traced_sampler
@@ -68,7 +69,8 @@ def export_bundle(
     image_input: bool = False,
     small: str | Path | Model | None = None,
     share: float | None = SHARE,
-) -> Iterator[Progress | Exported]:
+    profile: Path | None = None,
+) -> Iterator[Progress | Foreseen | Exported]:
     """Make a bundle of a model for a target; yields what it does and, at the end, Exported.
 
     source          what `model.load` takes, or a Model
@@ -79,13 +81,14 @@ def export_bundle(
                     a traced one, the nearest to the model's scheduler where none was asked for
     recipe          a TOML file whose keys override the target's [recipe]
     quantize        a scheme, w8a8 for instance: the pass of that name comes last, or gets that scheme
-    dry_run         say what would be done, and write nothing; no Exported event
+    dry_run         say what would be done and what would come of it, Foreseen, and write nothing; no Exported event
     config          for a single .safetensors file: a diffusers folder of its family
     optimize        False: the graphs are what torch.onnx.export writes by itself, for comparison
     measure_speed   compare every part's speed with the un-optimized export's
     image_input     with the VAE's encoder, so that the bundle takes pictures to start from
     small           a smaller model of the same latents, whose denoiser comes along: see plans_of for the plans
     share           of the calls of the default plan that go to it; None: it is a student that draws alone
+    profile         a TOML file whose rates replace the target's, of `fewstep bench --profile`
     Nothing appears at `out` before everything passed, whatever happens. Raises BadInput and its kinds for what the
     caller can mend, GateFailed where the graphs are not close enough to the original.
     """
@@ -100,6 +103,8 @@ def export_bundle(
             )  # said in so many words, so it goes before what the model was made for
     if quantize is not None:
         device = device.with_pass("quantize", scheme=quantize)
+    if profile is not None:
+        device = device.with_profile(Path(profile))
     require(device.backend.engine)
     check_steps(device.recipe.steps if steps is None else steps)
     configured(device)
@@ -118,13 +123,18 @@ def export_bundle(
         summary = second.with_both(summary, _summary(small, allow_download), share)
     weights = {part: 4 * count for part, count in summary.weights.items()}
     needs = preflight.estimate(weights)
-    preflight.check_target(weights, device)
     preflight.check_room(needs, out)
+    drawn = sketched(
+        source, small, share, allow_download=allow_download, config=config, image_input=image_input
+    )
+    foreseen = foresee(*planned(drawn, device, sampler, steps, times), device)
     if dry_run:
-        yield from _intentions(
-            summary, weights, needs, device, out, sampler, steps or summary.steps or device.recipe.steps
-        )
+        count = steps_of(drawn, device, steps)
+        yield from _intentions(summary, weights, needs, device, out, sampler, count, foreseen)
         return
+    if foreseen is not None:
+        check_fits(foreseen)
+    del drawn
     with BundleWriter(out, overwrite, size=needs.bundle_bytes) as writer:
         work, store = temporary_name(writer.dest), writer.dest.with_name(f"{writer.dest.name}.work")
         try:
@@ -167,6 +177,7 @@ def export_bundle(
             precisions: dict[str, str] = {}
             quality: dict[str, Any] = {"parts": {}}
             speeds: dict[str, Any] = {}
+            wanted = {} if foreseen is None else foreseen.forecast.parts
             peaks: dict[str, int] = {}
             share = 0.75 / len(model.parts)
             for number, part in enumerate(model):
@@ -209,6 +220,8 @@ def export_bundle(
                         else "not asked"
                     )
                     speeds[part.name] = {"verdict": f"not measured: {why}"}
+                if part.name in wanted:
+                    speeds[part.name]["demand"] = wanted[part.name].demand.to_json()
                 clock.lap(f"speed {part.name}")
             tokenizer = sidefiles.write_sidefiles(model, writer.folder)
             manifest = _manifest(model, device, specs, plans, sampler, tokenizer)
@@ -266,8 +279,9 @@ def _intentions(
     out: Path,
     sampler: str,
     steps: int,
-) -> Iterator[Progress]:
-    """What a run would do, in its order."""
+    foreseen: Foreseen | None,
+) -> Iterator[Progress | Foreseen]:
+    """What a run would do, in its order, and what would come of it."""
     yield Progress("load", None, f"{summary.name}, {summary.task}, scheduler {summary.scheduler}")
     for part, count in summary.weights.items():
         where = "in a process of its own" if weights[part] > preflight.LARGE_BYTES else "here"
@@ -284,6 +298,10 @@ def _intentions(
     yield Progress("target", None, f"{target.id}: {target.device.name}, {target.backend.engine}, {limits}")
     yield Progress("memory", None, f"about {gib(needs.memory_bytes)} while exporting")
     yield Progress("disk", None, f"{out}: {gib(needs.bundle_bytes)}, {gib(needs.disk_bytes)} while exporting")
+    if foreseen is None:
+        yield Progress("bundle", None, "not foreseen: a network looks at the values of its tensors")
+    else:
+        yield foreseen
 
 
 def _manifest(

@@ -10,7 +10,7 @@ from typing import Any
 from ..runtime.errors import BadInput
 from ..runtime.progress import Progress
 from ..runtime.two_graphs import SHARE
-from .console import Answer, human_bytes, needs, watch
+from .console import Answer, human_bytes, human_seconds, needs, table, watch
 
 __all__ = ["add", "call", "describe"]
 
@@ -59,7 +59,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is already there")
     parser.add_argument("--download", action="store_true", help="allow fetching a hub id")
     parser.add_argument("--no-speed", action="store_true", help="do not compare with the un-optimized export")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done and write nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would come of it and whether it fits; write nothing"
+    )
+    parser.add_argument(
+        "--profile",
+        metavar="FILE",
+        type=Path,
+        help="rates to foresee by: what `fewstep bench --profile` wrote",
+    )
 
 
 def call(args: argparse.Namespace) -> Answer:
@@ -86,6 +94,7 @@ def call(args: argparse.Namespace) -> Answer:
         image_input=args.image_input,
         small=small,
         share=share,
+        profile=args.profile,
     )
     seen = watch(events, "export", describe)
     done = seen[-1]
@@ -144,10 +153,55 @@ def _site(args: argparse.Namespace) -> Answer:
 
 
 def _intended(seen: Sequence[Any]) -> Answer:
-    """What a dry run says."""
+    """What a dry run says. A bundle that would not fit is a failure, so that scripts can ask."""
     stages = [{"stage": event.stage, "note": event.note} for event in seen]
     lines = [f"{stage['stage']}: {stage['note']}".rstrip(": ") for stage in stages]
-    return Answer({"dry_run": True, "stages": stages}, "\n".join(["would do:", *lines]))
+    data: dict[str, Any] = {"dry_run": True, "stages": stages}
+    text = "\n".join(["would do:", *lines])
+    wrong = []
+    for event in seen:
+        if hasattr(event, "forecast"):
+            wrong += event.wrong
+            more, said = foreseen(event)
+            data, text = data | more, f"{text}\n\n{said}"
+    return Answer(data, text, BadInput.exit_code if wrong else 0)
+
+
+def foreseen(event: Any) -> tuple[dict[str, Any], str]:
+    """What a bundle would be, and whether it fits: as data and as text."""
+    found, rows = event.forecast, []
+    for name, part in found.parts.items():
+        main = sorted(part.shares.items(), key=lambda item: -item[1])[:2]
+        time = human_seconds(part.call_s) if found.timed else ""
+        shares = ", ".join(f"{kind} {share:.0%}" for kind, share in main)
+        sizes = human_bytes(part.size_bytes), human_bytes(part.memory_bytes)
+        rows.append((name, part.precision, *sizes, time, part.calls, shares))
+    lines = [table(rows, ("part", "computed in", "on disk", "in memory", "a call", "calls", "mostly")), ""]
+    others = {name: other.to_json() for name, other in event.others.items()}
+    for name, other in {"as asked": found, **event.others}.items():
+        time = f", a picture in {human_seconds(other.picture_s)}" if other.timed else ""
+        label = name if other is found else f"--quantize {name}"
+        sizes = (
+            human_bytes(other.size_bytes),
+            human_bytes(other.memory_bytes),
+            human_bytes(other.low_memory_bytes),
+        )
+        lines.append(f"{label}: {sizes[0]} on disk, {sizes[1]} in memory ({sizes[2]} a part at a time){time}")
+    if found.not_counted:
+        lines.append(f"not counted: what {', '.join(found.not_counted)} will change")
+    if not found.timed:
+        lines.append(f"no rates are known for {event.target.id}: pass --profile for times")
+    lines += [f"{event.target.id}: {sentence}; {event.remedy}" for sentence in event.wrong]
+    if not event.wrong:
+        lines.append(f"it fits {event.target.id}")
+    data = {
+        "forecast": found.to_json(),
+        "others": others,
+        "fits": not event.wrong,
+        "wrong": event.wrong,
+        "remedy": event.remedy if event.wrong else None,
+    }
+    return data, "\n".join(lines)
 
 
 def _second(stitch: str | None, student: str | None) -> tuple[str | None, float | None]:

@@ -257,13 +257,12 @@ def test_too_little_memory_is_noticed_before_the_work(pixels, tmp_path, monkeypa
     refused(BadInput, pixels, tmp_path / "b", "of memory and 10 MiB are free", "close other programs")
 
 
-def test_a_model_beyond_the_targets_memory_is_refused():
+def test_a_model_beyond_the_targets_memory_is_refused_before_it_is_loaded(pixels, tmp_path, monkeypatch):
     target = recipe.load_target(TARGET)
-    small = replace(target, limits=replace(target.limits, peak_memory_mib=100, part_mib=100))
-    with pytest.raises(
-        BadInput, match=r"unet has 3\.2 GiB of weights; expected at most 100 MiB, the limit of laptop-cpu"
-    ):
-        preflight.check_target({"unet": 4 * 859_520_964}, small)
+    small = replace(target, limits=replace(target.limits, part_mib=0))
+    monkeypatch.setattr(recipe, "load_target", lambda name: small)
+    monkeypatch.setattr(recipe, "run_passes", lambda *a: pytest.fail("it went on"))
+    refused(BadInput, pixels, tmp_path / "b", "does not fit", "the limits of laptop-cpu", "take a smaller model")
 
 
 def test_a_failed_gate_publishes_nothing(pixels, tmp_path, monkeypatch):

@@ -1,0 +1,59 @@
+"""Rates of this host from what was measured on it: what `fewstep bench --profile` writes and `--dry-run` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ..targets.profile import Demand, Rates
+
+__all__ = ["Call", "fit", "fit_memory"]
+
+TRUST = 0.02
+"""Weight of what was known before against one measurement: with as many measurements as classes it hardly counts, and
+a class that none of them has much of keeps its ratio to what is known."""
+
+TURNS = 4000
+"""Of coordinate descent: seven unknowns settle in a few hundred."""
+
+Call = tuple[Demand, float]
+"""What one call asked for, and the seconds, or bytes, it took."""
+
+
+def fit(calls: Sequence[Call], known: Rates, trust: float = TRUST) -> Rates:
+    """The rates that explain the seconds best, by relative error, none negative, near those `known` where it can be."""
+    before = np.array(known.seconds())
+    amounts = np.array([demand.amounts() for demand, _ in calls])
+    measured = np.array([seconds for _, seconds in calls])
+    scale = _scales(amounts * before / measured[:, None], trust)
+    return Rates.of_seconds(tuple(float(each) for each in before * scale), known)
+
+
+def fit_memory(calls: Sequence[Call], known: Rates, base: float, trust: float = TRUST) -> Rates:
+    """The same for bytes that parts took beside the `base` of their process."""
+    before = np.array([known.held, known.alive, known.operator_kib * 1024])
+    amounts = np.array([(demand.held, demand.alive, demand.operators) for demand, _ in calls])
+    measured = np.array([size for _, size in calls])
+    # of the process as a whole, which is what a device has room for or not
+    rows = amounts * before / measured[:, None]
+    scale = _scales(rows, trust, 1 - base / measured)
+    held, alive, kib = (float(f"{each:.4g}") for each in before * scale)
+    return replace(known, held=held, alive=alive, operator_kib=float(f"{kib / 1024:.4g}"))
+
+
+def _scales(rows: np.ndarray, trust: float, target: np.ndarray | None = None) -> np.ndarray:
+    """Factors x >= 0 of what was known with rows @ x nearest to the target (ones), and x near 1: coordinate descent."""
+    count = rows.shape[1]
+    goal = np.ones(len(rows)) if target is None else target
+    matrix = np.concatenate([rows, np.eye(count) * trust**0.5])
+    wanted = np.concatenate([goal, np.full(count, trust**0.5)])
+    square, right, x = matrix.T @ matrix, matrix.T @ wanted, np.ones(count)
+    for _ in range(TURNS):
+        before = x.copy()
+        for j in range(count):
+            x[j] = max(0.0, x[j] + (right[j] - square[j] @ x) / square[j, j])
+        if np.abs(x - before).max() < 1e-9:
+            break
+    return x
