@@ -14,6 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
+from .atenfile import GRAPH as ATEN_GRAPH
+from .atenfile import WEIGHTS as ATEN_WEIGHTS
+from .atenfile import check_aten
 from .errors import BundleError, OutputError
 from .files import (
     folder_size,
@@ -87,7 +90,7 @@ class Bundle:
         return self.path / name
 
     def check_graphs(self) -> None:
-        """Pass every graph through the gate of its format: graphfile.py or irfile.py. Raises BundleError."""
+        """Pass every graph through the gate of its format: graphfile.py, irfile.py or atenfile.py. Raises BundleError."""
         for graph in sorted({part.graph for part in self.manifest.parts.values()}):
             if graph.endswith(".onnx"):
                 folder = graph.rpartition("/")[0]
@@ -99,6 +102,8 @@ class Bundle:
                 check_graph(self.file(graph), beside - {graph.rpartition("/")[2]})
             elif graph.endswith(".xml"):
                 check_ir(self.file(graph), self.file(graph.removesuffix(".xml") + ".bin"))
+            elif graph.endswith(f"/{ATEN_GRAPH}"):
+                check_aten(self.file(graph), self.file(graph.removesuffix(ATEN_GRAPH) + ATEN_WEIGHTS))
 
 
 def _not_a_bundle(path: Path) -> BundleError:
