@@ -80,7 +80,8 @@ def _terms(data: Any, known: dict[str, int], where: str) -> Terms:
         if not isinstance(term, list) or len(term) != 3:
             raise PlanError(f"{where} of a plan has the term {term!r}", expected="[kind, index, coefficient]")
         kind, i, c = term
-        if kind not in known or type(i) is not int or not 0 <= i < known[kind]:
+        known_kind = isinstance(kind, str) and kind in known
+        if not known_kind or type(i) is not int or not 0 <= i < known[kind]:
             raise PlanError(f"{where} of a plan reads {kind!r} {i!r}, which does not exist yet")
         terms.append((kind, i, _number(c, where)))
     return tuple(terms)

@@ -25,13 +25,26 @@ FILE = ROOT / "runtime/web/tests/fixtures/tokens.json"
 EMOJI = "models/emoji-64/tokenizer/tokenizer.json"
 LENGTH = 32
 
-WORDS = (
-    *"a the red apple rooster octopus café naïve Straße ΣΊΣΥΦΟΣ İstanbul ﬁre x² 3.14 1,000 it's we'll 'quoted' don't".split(),
-    *"e\u0301 n\u0303 한국어 ひらがな カタカナ 漢字 हिन्दी ไทย עברית العربية Ελλάδα Русский ǅ ß ẞ ŉ ...".split(),
-    *"🐓 🐙 👨‍👩‍👧 🏳️‍🌈 👍🏽 ☃️ ❤ ❤️ © ™ ½ ① Ⅷ ٣ ४ !!! ?! -- — “ ” … <> </w> \\ / _ # @home a_b x-y".split(),
-    *(START, END, "<|startoftext|", END.upper(), f"{END}{START}", f"a{END}b", "<|endoftext|> "),
+LATIN = "a the red apple rooster octopus café naïve Straße ﬁre x² 3.14 1,000 it's we'll 'quoted' don't"
+SCRIPTS = "e\u0301 n\u0303 ΣΊΣΥΦΟΣ İstanbul 한국어 ひらがな カタカナ 漢字 हिन्दी ไทย עברית العربية Русский ǅ ß ẞ ŉ ..."
+SYMBOLS = "🐓 🐙 👨‍👩‍👧 🏳️‍🌈 👍🏽 ☃️ ❤ ❤️ © ™ ½ ① Ⅷ ٣ ४ !!! ?! -- — “ ” … <> </w> \\ / _ # @home a_b x-y"
+MARKS = (START, END, "<|startoftext|", END.upper(), f"{END}{START}", f"a{END}b", "<|endoftext|> ")
+WORDS = (*LATIN.split(), *SCRIPTS.split(), *SYMBOLS.split(), *MARKS)
+SPACES = (
+    " ",
+    "  ",
+    "\t",
+    "\n",
+    "\r\n",
+    "\u00a0",
+    "\u2003",
+    "\u3000",
+    "\u200b",
+    "\u0085",
+    "\ufeff",
+    "\u2028",
+    "",
 )
-SPACES = (" ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u2003", "\u3000", "\u200b", "\u0085", "\ufeff", "\u2028", "")
 
 
 def prompts(count: int) -> Iterator[str]:
@@ -62,9 +75,17 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
 
     yield changed("the small one")
     split = "pre_tokenizer__pretokenizers__0__"
-    yield changed("special tokens are normalized", added_tokens__0__normalized=True, added_tokens__1__normalized=True)
-    yield changed("special tokens take the space around them", added_tokens__0__lstrip=True, added_tokens__1__rstrip=True)
-    yield changed("special tokens are words", added_tokens__0__single_word=True, added_tokens__1__single_word=True)
+    yield changed(
+        "special tokens are normalized", added_tokens__0__normalized=True, added_tokens__1__normalized=True
+    )
+    yield changed(
+        "special tokens take the space around them",
+        added_tokens__0__lstrip=True,
+        added_tokens__1__rstrip=True,
+    )
+    yield changed(
+        "special tokens are words", added_tokens__0__single_word=True, added_tokens__1__single_word=True
+    )
     yield changed("what is between words stays", **{f"{split}behavior": "Isolated"})
     yield changed("words are removed", **{f"{split}invert": False})
     yield changed("bytes are not split again", pre_tokenizer__pretokenizers__1__use_regex=False)
@@ -83,7 +104,9 @@ def variants() -> Iterator[tuple[str, dict[str, Any]]]:
     yield changed("unknown bytes are one", **base, model__fuse_unk=True)
     yield changed("unknown bytes are left out", **base, model__unk_token=None)
     hexadecimal = {**small, **{f"<0x{i:02X}>": len(small) + i for i in range(256)}}
-    yield changed("unknown bytes are spelled", **{**base, "model__vocab": hexadecimal}, model__byte_fallback=True)
+    yield changed(
+        "unknown bytes are spelled", **{**base, "model__vocab": hexadecimal}, model__byte_fallback=True
+    )
 
 
 def encode(path: Path, pad_id: int, texts: list[str]) -> list[Any]:

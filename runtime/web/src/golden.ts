@@ -4,7 +4,7 @@ import { FewstepError } from "./errors.js";
 import { noise } from "./noise.js";
 import type { Pipeline } from "./pipeline.js";
 import { conditionNames } from "./denoiser.js";
-import { isObject } from "./strictjson.js";
+import { isObject, shown } from "./strictjson.js";
 
 export interface Verification {
   /** The largest difference, relative to the latent's largest value. */
@@ -30,13 +30,13 @@ export async function verify(pipeline: Pipeline, signal?: AbortSignal): Promise<
   const { prompt, class_label: label, seed, steps, sampler, tolerance, peak } = golden;
   const fits = [seed, steps, tolerance, peak].every((v) => typeof v === "number") && shape.length > 1;
   if (!fits) return refuse("manifest.json: quality.golden cannot be replayed");
-  const plan = ["default", `steps_${String(steps)}`].find((name) => {
+  const plan = ["default", `steps_${shown(steps)}`].find((name) => {
     const known = name in manifest.plans ? pipeline.plan(name) : undefined;
     return known?.steps === steps && known?.sampler === sampler;
   });
   if (plan === undefined)
     return refuse(
-      `the golden latent was drawn in ${String(steps)} steps of ${String(sampler)}, for which this bundle has no plan`,
+      `the golden latent was drawn in ${shown(steps)} steps of ${shown(sampler)}, for which this bundle has no plan`,
       "run fewstep verify, or export with offered = [2] in the recipe",
     );
   const [channels, size] = [shape[1]!, shape.slice(1).reduce((n, s) => n * s, 1)];

@@ -3,7 +3,7 @@
  * read. The rules, and what each stands against, are in runtime/spec/bundle.md.
  */
 
-import { count, quoted } from "./errors.js";
+import { FewstepError, count, quoted } from "./errors.js";
 import {
   ATTRIBUTE,
   DIM,
@@ -60,8 +60,10 @@ export function checkGraph(name: string, data: Uint8Array, beside: ReadonlyMap<s
   const wire = new Wire(name, data);
   if (data.length < 1 || data.length > MAX_FILE) wire.refuse(`${count(data.length)} bytes`, `1 to ${count(MAX_FILE)}`);
   const begin = new TextDecoder("latin1").decode(data.subarray(0, 23));
-  if (begin === "version https://git-lfs") wire.refuse("it is a Git LFS pointer, not the file itself");
-  if (begin.startsWith("<")) wire.refuse("it is a web page, not a graph");
+  if (begin === "version https://git-lfs")
+    throw new FewstepError("bundle", `${name} is a Git LFS pointer, not the file itself`, "", "git lfs pull");
+  if (begin.startsWith("<"))
+    throw new FewstepError("bundle", `${name} is a web page, not a graph`, "", "download it again");
   const file: Checked = { wire, beside, external: undefined, ranges: [] };
   checkModel(file);
   checkOverlaps(file);
@@ -153,9 +155,9 @@ function checkValue(f: Checked, start: number, end: number): void {
 function checkDims(f: Checked, dims: number[], bits: number, where: string): number {
   if (dims.length > MAX_DIMS) f.wire.refuse(`${where} has ${count(dims.length)} dimensions`, `at most ${MAX_DIMS}`);
   if (dims.some((size) => size >= 2 ** 63)) f.wire.refuse(`${where} has a negative size`, "0 or more");
-  const size = Math.floor((elements(dims) * bits + 7) / 8);
+  const size = Math.ceil((elements(dims) * bits) / 8);
   if (size > 2 ** 40)
-    f.wire.refuse(`${where} of shape ${dims.join("x")} needs ${count(size)} bytes`, `at most ${count(2 ** 40)}`);
+    f.wire.refuse(`${where} of shape [${dims.join(", ")}] needs ${count(size)} bytes`, `at most ${count(2 ** 40)}`);
   return size;
 }
 
@@ -185,7 +187,7 @@ function checkTensor(f: Checked, start: number, end: number, owner: string): str
   const where = `tensor ${quoted(label)}` + (owner && ` of ${owner}`);
   const bits = BITS[kind] ?? f.wire.refuse(`${where} has element type ${kind}`, "a number type of ONNX");
   const size = checkDims(f, dims, bits, where);
-  const shape = `${where} of shape ${dims.join("x")}`;
+  const shape = `${where} of shape [${dims.join(", ")}]`;
   if (location !== 0 && location !== 1)
     f.wire.refuse(`${where} has data location ${location}`, "0 (here) or 1 (in the data file)");
   if (location === 1) {

@@ -14,6 +14,7 @@ import {
   raw,
   real,
   record,
+  shown,
   size,
   text,
   whole,
@@ -67,7 +68,7 @@ const manifest = record({
   denoiser: text,
   parts: mapping(part),
   sample,
-  plans: mapping(raw),
+  plans: mapping(mapping(raw)),
   sampler: text,
   grid,
   guidance: record({ kind: text, scale: real }),
@@ -113,7 +114,7 @@ export function readManifest(data: Json): Manifest {
   if (version !== BigInt(SCHEMA_VERSION))
     throw new FewstepError(
       "bundle",
-      `${NAME}: schema version ${String(version).slice(0, 40)}`,
+      `${NAME}: schema version ${shown(version)}`,
       `${SCHEMA_VERSION}`,
       "update fewstep, or export the bundle again",
     );

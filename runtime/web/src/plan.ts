@@ -3,7 +3,7 @@
 import { FewstepError, checkSignal } from "./errors.js";
 import { IDENTIFIER } from "./manifest.js";
 import { type Policy, applyPolicies, readPolicies, shiftTime } from "./policies.js";
-import { type Json, isObject } from "./strictjson.js";
+import { type Json, isObject, shown } from "./strictjson.js";
 
 /** Kind: "x" is a state, "d" the prediction of a call, "n" a fresh noise, "y" a given array, "z" the start noise. */
 export type Term = [kind: string, index: number, coefficient: number];
@@ -70,7 +70,7 @@ export function finite(value: Json | undefined, where: string): number {
   const number = typeof value === "bigint" ? Number(value) : value;
   return typeof number === "number" && Number.isFinite(number)
     ? number
-    : refuse(`${where} of a plan is ${String(value).slice(0, 40)}`, "a finite number");
+    : refuse(`${where} of a plan is ${shown(value)}`, "a finite number");
 }
 
 function exactly(value: Json | undefined, fields: string[], where: string): Record<string, Json> {
@@ -88,7 +88,7 @@ function readTerms(data: Json | undefined, known: Record<string, number>, where:
     const [kind, index, coefficient] = term;
     const exists = typeof kind === "string" && Object.hasOwn(known, kind) && typeof index === "bigint";
     if (!exists || index < 0n || index >= known[kind]!)
-      return refuse(`${where} of a plan reads ${String(kind).slice(0, 40)} ${String(index)}, which does not exist yet`);
+      return refuse(`${where} of a plan reads ${shown(kind)} ${shown(index)}, which does not exist yet`);
     return [kind, Number(index), finite(coefficient, where)];
   });
 }
@@ -126,7 +126,7 @@ export function readPlan(data: Json): Plan {
   if (typeof sampler !== "string" || typeof prediction !== "string")
     return refuse("a plan whose sampler or prediction is not a name");
   if (typeof steps !== "bigint" || steps < 1n || steps > MAX_STEPS)
-    return refuse(`${String(steps)} steps`, `a whole number from 1 to ${MAX_STEPS}`);
+    return refuse(`${shown(steps)} steps`, `a whole number from 1 to ${MAX_STEPS}`);
   const start = readTerms(init, { z: 1, y: MAX_GIVEN }, "init");
   const calls: Call[] = [];
   let states = 0;

@@ -156,10 +156,14 @@ export type Reader<T> = (value: Json, where: string) => T;
 /** What a reader returns. */
 export type Read<R> = R extends Reader<infer T> ? T : never;
 
+/** A value as an error shows it: in a few characters. */
+export function shown(value: Json | undefined): string {
+  const full = typeof value === "string" ? quoted(value) : (JSON.stringify(plain(value ?? null)) ?? "");
+  return full.length <= 60 ? full : full.slice(0, 57) + "...";
+}
+
 export function wrong(value: Json, expected: string, where: string): never {
-  const shown = typeof value === "string" ? quoted(value) : JSON.stringify(plain(value));
-  const short = shown.length <= 60 ? shown : shown.slice(0, 57) + "...";
-  throw new FewstepError("bundle", `${where} is ${short}`, expected, "export the bundle again");
+  throw new FewstepError("bundle", `${where} is ${shown(value)}`, expected, "export the bundle again");
 }
 
 export const raw: Reader<Json> = (v) => v;

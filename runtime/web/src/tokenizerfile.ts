@@ -4,7 +4,7 @@
  */
 
 import { FewstepError, count, quoted } from "./errors.js";
-import { type Json, type JsonObject, isObject } from "./strictjson.js";
+import { type Json, type JsonObject, isObject, shown } from "./strictjson.js";
 
 /** CLIP has 49,408; ids beyond a million would only make tables large. */
 const MAX_TOKENS = 1 << 20;
@@ -113,7 +113,7 @@ export function readTokenizerFile(data: Json, where: string): TokenizerFile {
     keys(`${role} ${kind}`, found, names, names.filter((name) => name !== "use_regex")); // not in files before 2022
     for (const [name, allowed] of Object.entries(fields))
       if (allowed && name in found && !allowed.includes(found[name]!))
-        refuse(`${role} ${kind}: ${name} is ${quoted(String(found[name]), 40)}`);
+        refuse(`${role} ${kind}: ${name} is ${shown(found[name])}`);
     const inner = found["normalizers"] ?? found["pretokenizers"];
     if (kind === "Sequence") {
       if (!Array.isArray(inner) || inner.length > 8) return refuse(`${role} Sequence`, "a short list");
@@ -123,23 +123,23 @@ export function readTokenizerFile(data: Json, where: string): TokenizerFile {
     if (kind !== "Replace" && kind !== "Split") return [{ type: kind } as Component];
     const source = isObject(found["pattern"]) && Object.keys(found["pattern"]).join() === "Regex" && found["pattern"]["Regex"];
     const pattern = typeof source === "string" ? PATTERNS.get(source) : undefined;
-    if (!pattern) return refuse(`${role} ${kind}: pattern ${quoted(String(source))}`, "one of CLIP's patterns");
+    if (!pattern) return refuse(`${role} ${kind}: pattern ${shown(source || null)}`, "one of CLIP's patterns");
     if (kind === "Replace") return [{ type: kind, pattern }];
     return [{ type: kind, pattern, behavior: found["behavior"], invert: found["invert"] } as Component];
   };
 
   const top = ["version", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model"];
   const file = keys("the file", data, [...top, "truncation", "padding", "decoder"], top);
-  if (file["version"] !== "1.0") refuse(`version ${quoted(String(file["version"]), 40)}`, "1.0");
+  if (file["version"] !== "1.0") refuse(`version ${shown(file["version"])}`, "1.0");
   const normalizers = components("normalizer", file["normalizer"]);
   const preTokenizers = components("pre_tokenizer", file["pre_tokenizer"]);
   components("post_processor", file["post_processor"]);
 
   const model = keys("model", file["model"], ["type", ...Object.keys(MODEL)], ["vocab", "merges"]);
-  if ((model["type"] ?? "BPE") !== "BPE") refuse(`model ${quoted(String(model["type"]), 40)}`, "BPE");
+  if ((model["type"] ?? "BPE") !== "BPE") refuse(`model ${shown(model["type"])}`, "BPE");
   for (const [name, options] of Object.entries(MODEL))
     if (options && name in model && !options.includes(model[name]!))
-      refuse(`model: ${name} is ${quoted(String(model[name]), 40)}`);
+      refuse(`model: ${name} is ${shown(model[name])}`);
 
   const vocab = model["vocab"];
   if (!isObject(vocab)) return refuse("vocab is no object");
@@ -172,7 +172,7 @@ export function readTokenizerFile(data: Json, where: string): TokenizerFile {
   }
   const unknown = model["unk_token"] ?? null;
   if (unknown !== null && (typeof unknown !== "string" || !numbers.has(unknown)))
-    refuse(`unk_token ${quoted(String(unknown), 40)} is not in the vocabulary`);
+    refuse(`unk_token ${shown(unknown)} is not in the vocabulary`);
 
   const merges = model["merges"];
   if (!Array.isArray(merges) || merges.length > MAX_TOKENS) return refuse("merges", "a list");
