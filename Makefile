@@ -1,6 +1,7 @@
 # make demo   the built-in model: export, verify, draw, measure; leaves demo-output/picture.png and report.html
 # make test   lint and the whole default test suite
-# make lint   ruff and mypy alone
+# make lint   ruff, mypy and tsc alone
+# make web    the TypeScript runtime and the web app, in runtime/web/dist: needs Node 20 or later, and npm
 # make clean  remove what these made; the virtual environment too
 #
 # The first run creates .venv and installs into it; no sudo. Where a plain `pip install torch` would fetch
@@ -14,19 +15,22 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LAYERS := $(shell sed -n 's/^layers = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
 DEMO ?= demo-output
+WEB := runtime/web
+WEB_SOURCES := $(wildcard $(WEB)/*.json $(WEB)/*.mjs) $(shell find $(WEB)/src $(WEB)/demo -type f)
 
-.PHONY: demo test lint links clean
+.PHONY: demo test lint links web clean
 
 demo: $(STAMP)
 	$(BIN)/fewstep demo models/emoji-64 -o $(DEMO)
 
-test: lint
+test: lint web
 	$(BIN)/python -m pytest -q
 
-lint: $(STAMP) links
+lint: $(STAMP) links $(WEB)/node_modules/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p fewstep
+	cd $(WEB) && npm run -s lint
 
 # type checkers follow these; setup.py is the real mapping
 links:
@@ -39,6 +43,18 @@ $(STAMP): pyproject.toml setup.py
 	$(BIN)/python -m pip install -q -e '.[dev]'
 	touch $@
 
+web: $(WEB)/dist/.built
+
+# no package's own scripts are run
+$(WEB)/node_modules/.installed: $(WEB)/package-lock.json
+	@command -v npm >/dev/null || { echo "make web needs Node 20 or later and npm: https://nodejs.org" >&2; exit 1; }
+	cd $(WEB) && npm ci --ignore-scripts --no-audit --no-fund
+	touch $@
+
+$(WEB)/dist/.built: $(WEB)/node_modules/.installed $(WEB_SOURCES)
+	cd $(WEB) && npm run -s build
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(DEMO) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DEMO) $(WEB)/node_modules $(WEB)/dist build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	rm -f $(addprefix src/fewstep/,$(LAYERS))

@@ -1,4 +1,5 @@
-"""The wheel holds exactly the tree: every tracked file of the layers and of src/fewstep, and nothing else."""
+"""The wheel holds exactly the tree: every tracked file of the layers and of src/fewstep, and nothing else; but for the
+npm package in runtime/web, of which it takes the built web app alone."""
 
 import shutil
 import subprocess
@@ -49,6 +50,7 @@ def test_the_wheel_holds_exactly_the_tracked_files(wheel):
     for layer in LAYERS:
         expected |= {f"fewstep/{p.relative_to(clone)}" for p in (clone / layer).rglob("*") if p.is_file()}
     expected |= {str(p.relative_to(clone / "src")) for p in (clone / "src").rglob("*") if p.is_file()}
+    expected = {name for name in expected if not name.startswith("fewstep/runtime/web/")}
     packed = {name for name in archive.namelist() if not name.split("/")[0].endswith(".dist-info")}
     assert packed == {name for name in expected if ".egg-info/" not in name}
 
@@ -58,3 +60,19 @@ def test_the_wheel_is_pure_python_and_brings_the_command(wheel):
     assert archive.filename.endswith("-py3-none-any.whl")
     [entry] = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
     assert "fewstep = fewstep.tools.cli:run" in archive.read(entry).decode()
+
+
+def test_a_built_web_app_comes_along(wheel):
+    clone, _ = wheel
+    site = clone / "runtime/web/dist/site"
+    (site / "ort").mkdir(parents=True)
+    for name in ("index.html", "app.js", "ort/ort.wasm"):
+        (site / name).touch()
+    (site.parent / "index.js").touch()
+    listed = "import setuptools; setuptools.setup = lambda **o: print(*o['package_data']['fewstep.runtime'])"
+    code = f"{listed}; import runpy; runpy.run_path('setup.py')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=clone, check=True)
+    shutil.rmtree(site.parent)
+    assert done.stdout.split() == [
+        f"web/dist/site/{name}" for name in ("app.js", "index.html", "ort/ort.wasm")
+    ]

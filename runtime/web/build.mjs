@@ -1,4 +1,4 @@
-// node build.mjs           dist/: index.js (the core), one file an engine, and types
+// node build.mjs           dist/: index.js (the core), one file an engine, the browser's client and worker, and types
 //                          and dist/site/, the web app
 // node build.mjs --tests   the first of these and dist/tests/
 import { execFileSync } from "node:child_process";
@@ -10,7 +10,7 @@ process.chdir(fileURLToPath(new URL(".", import.meta.url)));
 const tests = process.argv.includes("--tests");
 const common = { bundle: true, format: "esm", target: "es2022", logLevel: "warning", packages: "external" };
 
-if (!tests) rmSync("dist/types", { recursive: true, force: true });
+if (!tests) rmSync("dist", { recursive: true, force: true });
 await build({
   ...common,
   entryPoints: {
@@ -18,6 +18,8 @@ await build({
     node: "src/engines/node.ts",
     web: "src/engines/web.ts",
     reactnative: "src/engines/reactnative.ts",
+    browser: "src/browser/client.ts",
+    worker: "src/browser/worker.ts",
   },
   outdir: "dist",
   minify: true,
