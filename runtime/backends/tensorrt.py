@@ -81,11 +81,9 @@ def open_session(path: Path, spec: PartSpec, *, threads: int | None = None) -> T
             "driver": str(device.driver_version),
             "library": f"{trt.__name__} {trt.__version__}",
         }
-        engine = compiled(
-            "tensorrt",
-            {**key, "what": "engine"},
-            lambda file: file.write_bytes(build_engine(path)),
-        )
+        ours = device.capability if device.capability in capabilities() else None
+        key_of_engine = {**key, "what": "engine"}
+        engine = compiled("tensorrt", key_of_engine, lambda file: file.write_bytes(build_engine(path, ours)))
         return TensorRtSession(engine, spec, device, {**key, "what": "kernels"})
     except BaseException:
         device.close()
