@@ -10,14 +10,14 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..model.libraries import library, quiet, torch
 from ..model.model import Part
-from ..model.quantized import Layer, Quantized
+from ..model.quantized import Quantized
 from ..quant.simulate import simulated
 from ..runtime.errors import BadInput, CheckpointError
 from ..runtime.manifest import PartSpec, TensorSpec
@@ -33,8 +33,6 @@ MAX_BYTES = 2**31 - 1
 """Of a flatbuffer: its offsets have 32 bits with a sign."""
 GRAPH_BYTES = 4 << 20
 """Set aside for what is not weights."""
-MARK = 2**20
-"""First value of the first quantized layer's weights while they are converted: no weight of a network is a million."""
 NARROW = {"int64": "int32", "float64": "float32"}
 """What LiteRT's converter makes of types of 64 bits."""
 
@@ -53,13 +51,12 @@ def lower(traced: Traced, folder: Path, target: Target) -> PartSpec:
     read_table(Options, target.backend.options, f"targets/{target.id}.toml", "backend.options")
     part = traced.part
     check(part)
-    with _marked(part) as marked:
+    with _marked(part):
         data = _converted(part)
     model = litert_graph.read(data)
     del data
     if part.quantized is not None:
-        found = litert_graph.find(model, marked)
-        litert_graph.store(model, found, part.quantized.layers)
+        litert_graph.store(model, part.quantized.layers)
     inputs, outputs = _narrow(part.inputs), _narrow(part.outputs)
     litert_graph.tidy(model, *(tuple(spec.name for spec in specs) for specs in (inputs, outputs)))
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,22 +126,29 @@ def _narrow(specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
 
 
 @contextmanager
-def _marked(part: Part) -> Iterator[dict[float, tuple[str, Layer]]]:
-    """Inside, quantized layers compute with what their integers mean, but for the first value of each: a mark, so that
-    no two are alike and all are found again in the graph. Gives the mark -> its layer.
+def _marked(part: Part) -> Iterator[None]:
+    """Inside, quantized layers compute with what their integers mean, but for two values of each, which mark them: all
+    are found again in the graph, though the converter may have scaled them (attention's 1 / sqrt(d), for instance).
 
-    Neither the rounding nor the smoothing of inputs is there: the converter would fold the latter into the weights.
+    Neither the rounding nor the smoothing of inputs is there. A bound that no input reaches is, in front of each layer:
+    without it the converter would fold a norm's factors into the weights behind it, and its summands into the bias.
     """
     if part.quantized is None:
-        yield {}
+        yield
         return
     plain = {name: replace(layer, input=None, smooth=None) for name, layer in part.quantized.layers.items()}
-    modules, marked = dict(part.module.named_modules()), dict[float, tuple[str, Layer]]()
-    with simulated(part, replace(part.quantized, layers=plain, drift=None), inputs=False):
-        for number, (name, layer) in enumerate(part.quantized.layers.items()):
-            modules[name].weight.data.reshape(-1)[0] = MARK + number
-            marked[float(MARK + number)] = (name, layer)
-        yield marked
+    modules = dict(part.module.named_modules())
+    bound = torch().tensor(litert_graph.BOUND)
+    with (
+        simulated(part, replace(part.quantized, layers=plain, drift=None), inputs=False),
+        ExitStack() as stack,
+    ):
+        for number, name in enumerate(part.quantized.layers):
+            litert_graph.mark(modules[name].weight.data.reshape(-1), number)
+            if not isinstance(modules[name], torch().nn.Embedding):
+                hook = modules[name].register_forward_pre_hook(lambda _, x: (x[0].minimum(bound), *x[1:]))
+                stack.callback(hook.remove)
+        yield
 
 
 def _converted(part: Part) -> bytes:
@@ -168,8 +172,8 @@ def _converted(part: Part) -> bytes:
 def _undrifted(part: Part) -> Any:
     """The module less the mean error of its output by timestep, in operators that can be traced.
 
-    Linear between the timesteps and constant beyond: m(t) = m_0 + sum_i clip((t - t_i) / (t_j - t_i), 0, 1) (m_j - m_i),
-    j = i + 1.
+    Linear between the timesteps and constant beyond:
+    m(t) = m_0 + sum_i clip((t - t_i) / (t_j - t_i), 0, 1) (m_j - m_i), where j = i + 1.
     """
     th, nn = torch(), torch().nn
     assert part.quantized is not None
