@@ -33,6 +33,7 @@ from .irfile import check_ir
 from .manifest import NAME, VERSION_KEY, FileSpec, Manifest
 from .plainfiles import read_plain, walk
 from .strictjson import MAX_BYTES, loads
+from .tflitefile import check_tflite
 
 __all__ = ["Bundle", "BundleWriter"]
 
@@ -102,6 +103,8 @@ class Bundle:
                 check_graph(self.file(graph), beside - {graph.rpartition("/")[2]})
             elif graph.endswith(".xml"):
                 check_ir(self.file(graph), self.file(graph.removesuffix(".xml") + ".bin"))
+            elif graph.endswith(".tflite"):
+                check_tflite(self.file(graph))
             elif graph.endswith(f"/{ATEN_GRAPH}"):
                 check_aten(self.file(graph), self.file(graph.removesuffix(ATEN_GRAPH) + ATEN_WEIGHTS))
 
