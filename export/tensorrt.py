@@ -22,7 +22,7 @@ from .codes import fits_int8
 from .formats import Here
 from .onnx import Traced, write_graph
 
-__all__ = ["Options", "lower", "on_this_host", "options", "stand_in"]
+__all__ = ["Options", "as_it_takes", "lower", "on_this_host", "options", "stand_in"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def lower(traced: Traced, folder: Path, target: Target) -> PartSpec:
             "precision bfloat16 for TensorRT", expected="float16 or float32", fix="or --target cuda-aoti"
         )
     if part.quantized is not None:
-        part = replace(part, quantized=_symmetric(part.quantized, part))
+        part = replace(part, quantized=as_it_takes(part.quantized, part))
     from .qdq import TENSORRT
     from .tensorrt_types import halve
 
@@ -125,14 +125,19 @@ def on_this_host(path: Path, spec: PartSpec) -> Session:
     return OnnxRuntimeSession(opened)
 
 
-def _symmetric(quantized: Quantized, part: Part) -> Quantized:
-    """The same integers without zero points: TensorRT has kernels of int8 with a scale a row, and no others.
+def as_it_takes(quantized: Quantized, part: Part) -> Quantized:
+    """The same numbers as TensorRT takes them: int8 without zero points, a scale a row.
 
-    Codes of fewer bits are stored as the bytes they mean. Raises BadInput for groups with float scales of their own.
+    Codes of fewer bits become the bytes they mean. Tables become floats: it gathers from no integers. Raises BadInput
+    for groups with float scales of their own.
     """
-    layers: dict[str, Layer] = {}
+    layers, params = dict[str, Layer](), dict(quantized.params)
+    tables = {name for name, module in part.module.named_modules() if type(module).__name__ == "Embedding"}
     for name, layer in quantized.layers.items():
         weights = layer.weights
+        if name in tables:
+            params[f"{name}.weight"] = weights.floats()
+            continue
         if not fits_int8(weights):
             raise BadInput(
                 f"{part.name}.{name}: groups of weights with scales of their own",
@@ -140,8 +145,7 @@ def _symmetric(quantized: Quantized, part: Part) -> Quantized:
                 fix='scheme = "w8a8" under [quantize] of a --recipe',
             )
         if weights.bits != 8:
-            weights = replace(
-                weights, bits=8, codes=weights.integers().astype(np.int8), zero=None, multiplier=None
-            )
+            codes = weights.integers().astype(np.int8)
+            weights = replace(weights, bits=8, codes=codes, zero=None, multiplier=None)
         layers[name] = replace(layer, weights=weights)
-    return replace(quantized, layers=layers)
+    return replace(quantized, layers=layers, params=params)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..runtime.errors import BadInput
 from .nodes import Writer
 
-__all__ = ["MAX_HALF", "TINY_HALF", "halve"]
+__all__ = ["LEAST_HALF", "MAX_HALF", "halve"]
 
 Array = NDArray[Any]
 
@@ -24,8 +24,8 @@ FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 MAX_HALF = 65504.0
 """The largest finite float16 (IEEE 754-2019, binary16)."""
 
-TINY_HALF = 2.0**-14
-"""The least float16 that keeps all of its 11 digits (IEEE 754-2019, binary16)."""
+LEAST_HALF = 2.0**-24
+"""The least float16 above 0 (IEEE 754-2019, binary16): a scale must not become 0."""
 
 ENDLESS = 1e30
 """A constant beyond this stands for infinity: masks hold float32's lowest number, -3.4e38."""
@@ -33,6 +33,7 @@ ENDLESS = 1e30
 PRODUCTS = {"MatMul", "Gemm", "Conv", "QuantizeLinear"}
 """What ends the exact beginning of a graph: from there on its numbers are no better than its weights."""
 
+SCALED = {"QuantizeLinear", "DequantizeLinear"}
 TRUTH = {"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "IsNaN", "IsInf", "And", "Or", "Not"}
 COUNTS = {"Shape", "Size", "ArgMax", "ArgMin", "NonZero"}
 FLOAT_ONLY = {"Resize": (1, 2)}
@@ -50,8 +51,10 @@ def halve(model: ir.Model) -> None:
     twins: dict[ir.Value, ir.Value] = {}
     writer = Writer(graph, "h")
     for value in (*graph.inputs, *graph.initializers.values()):
-        if value.dtype is not None:
-            types[value] = value.dtype
+        held = value.const_value if value.is_initializer() else value
+        assert held is not None
+        assert held.dtype is not None
+        types[value] = held.dtype
     for node in list(graph):
         if node not in exact and node.op_type != "Cast":
             writer.before = node
@@ -62,7 +65,8 @@ def halve(model: ir.Model) -> None:
                     and place not in FLOAT_ONLY.get(node.op_type, ())
                 ):
                     if value not in twins:
-                        twins[value] = _half(writer, value)
+                        scale = node.op_type in SCALED and place == 1
+                        twins[value] = _half(writer, value, LEAST_HALF if scale else 0.0)
                         types[twins[value]] = HALF
                     node.replace_input_with(place, twins[value])
         if node not in exact:
@@ -88,8 +92,11 @@ def _exact(graph: ir.Graph) -> set[ir.Node]:
     return exact
 
 
-def _half(writer: Writer, value: ir.Value) -> ir.Value:
-    """The value in float16: another initializer, converted when it is written, or a Cast."""
+def _half(writer: Writer, value: ir.Value, least: float) -> ir.Value:
+    """The value in float16: another initializer, converted when it is written, or a Cast.
+
+    least  of any of its numbers, where that is above 0
+    """
     tensor = value.const_value if value.is_initializer() else None
     if tensor is None:
         return writer.add("Cast", value, attributes={"to": int(HALF)})
@@ -102,7 +109,10 @@ def _half(writer: Writer, value: ir.Value) -> ir.Value:
         )
     # converted one at a time, while the file is written: a U-Net of 3.4 GB is never there twice
     lazy = ir.LazyTensor(
-        lambda: ir.tensor(_rounded(tensor.numpy()), name=name), dtype=HALF, shape=tensor.shape, name=name
+        lambda: ir.tensor(_rounded(tensor.numpy(), least), name=name),
+        dtype=HALF,
+        shape=tensor.shape,
+        name=name,
     )
     twin = ir.Value(name=name, const_value=lazy, shape=value.shape, type=ir.TensorType(HALF))
     writer.graph.register_initializer(twin)
@@ -113,12 +123,12 @@ def _finite(array: Array) -> Array:
     return np.where(np.abs(array) > ENDLESS, np.float32(0), array)
 
 
-def _rounded(array: Array) -> Array:
+def _rounded(array: Array, least: float = 0.0) -> Array:
     """float16, and the largest number of either sign in place of what stands for infinity."""
     endless = np.abs(array) > ENDLESS
     if endless.any():
         array = np.where(endless, np.copysign(np.float32(MAX_HALF), array), array)
-    return array.astype(np.float16)
+    return array.astype(np.float16) if least == 0.0 else np.maximum(array, least).astype(np.float16)
 
 
 def _retype(node: ir.Node) -> None:

@@ -191,10 +191,11 @@ class TensorRtSession:
             self._kernels = {}
 
 
-def build_engine(path: Path, capability: str | None = None) -> bytes:
+def build_engine(path: Path, capability: str | None = None, notes: list[str] | None = None) -> bytes:
     """The engine of an ONNX graph, strongly typed: it computes in the types that the graph has.
 
     capability  of the GPU it is for, one of `capabilities`; None: the one at hand
+    notes       gets the library's warnings
     Raises BundleError naming the node and TensorRT's reason where it refuses the graph, and BadInput for a
     capability that this library does not build for.
     """
@@ -222,6 +223,8 @@ def build_engine(path: Path, capability: str | None = None) -> bytes:
         names = ", ".join(f"{tensor.name} {tuple(tensor.shape)}" for tensor in free)
         raise _refused(path, f"free sizes: {names}; engines here are of one size")
     engine = builder.build_serialized_network(network, config)
+    if notes is not None:
+        notes += log.warnings
     if engine is None:
         raise _refused(path, log.reason())
     return bytes(engine)
