@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..model.families import with_image_encoder
+from ..model.libraries import torch
 from ..model.load import sketch
 from ..model.model import Model
 from ..model.pairs import with_small
@@ -95,13 +96,15 @@ def planned(
 
 
 def _split(model: Model) -> Model:
+    device = next(model.parts[model.denoiser].module.parameters()).device  # a sketch has no memory to copy from
     work = SplitUpsampling()(model, None)  # type: ignore[arg-type]  # it asks nothing of its context
-    while True:
-        try:
-            next(work)
-        except StopIteration as stop:
-            split: Model = stop.value
-            return split
+    with torch().device(device):
+        while True:
+            try:
+                next(work)
+            except StopIteration as stop:
+                split: Model = stop.value
+                return split
 
 
 def foresee(model: Model, plan: Plan, target: Target) -> Foreseen | None:

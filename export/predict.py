@@ -125,12 +125,13 @@ def forecast(model: Model, works: Mapping[str, Work], target: Target, plan: Plan
         )
     base = profile.base_mib * 2**20
     used = [part.memory_bytes for part in parts.values() if part.calls]
+    loading = max((part.demand.parsed for part in parts.values() if part.calls), default=0.0)
     unseen = tuple(name for name, _ in configured(target) if name not in COUNTED)
     return Forecast(
         parts,
         sum(part.size_bytes for part in parts.values()) + SIDE_BYTES,
-        round(base + sum(used)),
-        round(base + max(used, default=0)),
+        round(base + loading + sum(used)),  # what loading a part frees, the next ones use again
+        round(base + loading + max(used, default=0)),
         sum(part.calls * part.call_s for part in parts.values()),
         plan.steps,
         bool(profile.rates),
@@ -170,7 +171,8 @@ def demand_of(
     computed, stored = WIDTH[target.recipe.precision], WIDTH[target.recipe.weights]
     integers = scheme is not None and scheme.inputs is not None
     high = _protected(work)
-    amounts = dict.fromkeys(("convolution", "linear", "gathered", "weights"), 0.0)
+    amounts = dict.fromkeys(("convolution", "linear", "gathered", "spilled", "weights"), 0.0)
+    copied = 0.0
     disk, held = float(stored * work.other_weights), float(stored * work.other_weights)
     for layer in work.layers:
         if layer.kind != "table":
@@ -187,17 +189,20 @@ def demand_of(
         held += each * layer.weights
         amounts["weights"] += each * layer.weights * (layer.kind != "table")
         if inside and profile.gathers and layer.taps > 1:
-            pixels = layer.outputs / layer.rows
-            amounts["gathered"] += pixels * layer.weights / layer.rows
+            each = layer.outputs / layer.calls / layer.rows * layer.weights / layer.rows
+            amounts["spilled" if each > profile.cache_mib * 2**20 else "gathered"] += each * layer.calls
+            copied = max(copied, each)
+    size = round(disk + NODE_BYTES * work.operators)
     demand = Demand(
         **amounts,
         attention=work.attention,
         moved=float(computed * work.moved),
         operators=float(work.operators),
-        alive=work.peak * computed / 4,
+        alive=work.peak * computed / 4 + copied,
         held=held,
+        parsed=size if 4 * work.weights <= profile.inline_mib * 2**20 else 0,
     )
-    return demand, round(disk + NODE_BYTES * work.operators)
+    return demand, size
 
 
 def _protected(work: Work) -> set[str]:

@@ -17,8 +17,12 @@ from typing import Any
 
 __all__ = ["CLASSES", "Demand", "Profile", "Rates"]
 
-CLASSES = ("convolution", "linear", "attention", "moved", "gathered", "weights", "operators", "calls")
-"""Amounts of a Demand, in this order: operations, operations, operations, bytes, bytes, bytes, kernels, calls."""
+CLASSES = (
+    *("convolution", "linear", "attention"),
+    *("moved", "gathered", "spilled", "weights"),
+    *("operators", "calls"),
+)
+"""Amounts of a Demand, in this order: operations, bytes, and kernels started."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Demand:
     """Bytes read and written by norms, activation functions, sums and copies."""
     gathered: float = 0.0
     """Bytes copied where an engine spells an integer convolution as a gather of pixels and a product."""
+    spilled: float = 0.0
+    """The same where they do not fit into the last cache."""
     weights: float = 0.0
     """Bytes of weights read."""
     operators: float = 0.0
@@ -42,15 +48,21 @@ class Demand:
     """Bytes of activations at the worst moment."""
     held: float = 0.0
     """Bytes of weights as they are stored, or as an engine unpacks them."""
+    parsed: float = 0.0
+    """Bytes of a file that is in memory beside what is made of it, while it is loaded."""
 
     def at(self, batch: int) -> Demand:
         """Of so many samples in one call: weights and kernels are the same."""
-        grow = ("convolution", "linear", "attention", "moved", "gathered", "alive")
+        grow = ("convolution", "linear", "attention", "moved", "gathered", "spilled", "alive")
         return replace(self, **{name: batch * getattr(self, name) for name in grow})
 
     def amounts(self) -> tuple[float, ...]:
         """By CLASSES."""
         return tuple(getattr(self, name) for name in CLASSES)
+
+    def sizes(self) -> tuple[float, ...]:
+        """What memory goes by: weights held, activations alive, kernels, parts."""
+        return self.held, self.alive, self.operators, 1.0
 
     def to_json(self) -> dict[str, float]:
         return {name: round(value) for name, value in asdict(self).items() if value}
@@ -72,6 +84,7 @@ class Rates:
     moved_gb_s: float = 0.0
     """10^9 bytes a second."""
     gathered_gb_s: float = 0.0
+    spilled_gb_s: float = 0.0
     weights_gb_s: float = 0.0
     operator_us: float = 0.0
     """Microseconds a kernel takes whatever it does."""
@@ -82,34 +95,29 @@ class Rates:
     """Bytes in memory for each byte of activations alive at once."""
     operator_kib: float = 0.0
     """Memory a kernel takes whatever it does: its node, its compiled code."""
+    part_mib: float = 0.0
+    """Memory a loaded part takes whatever is in it."""
 
     def seconds(self) -> tuple[float, ...]:
         """By CLASSES: of one operation, byte, kernel or call."""
         rates = (self.convolution_gops, self.linear_gops, self.attention_gops)
-        rates += (self.moved_gb_s, self.gathered_gb_s, self.weights_gb_s)
+        rates += (self.moved_gb_s, self.gathered_gb_s, self.spilled_gb_s, self.weights_gb_s)
         return (
             *(1e-9 / rate if rate else 0.0 for rate in rates),
             self.operator_us * 1e-6,
             self.call_us * 1e-6,
         )
 
+    def bytes(self) -> tuple[float, ...]:
+        """Of one held byte, byte alive, kernel and part, as `Demand.sizes` has them."""
+        return self.held, self.alive, self.operator_kib * 1024, self.part_mib * 2**20
+
     @classmethod
     def of_seconds(cls, seconds: tuple[float, ...], memory: Rates) -> Rates:
         """The inverse of `seconds`; what memory is taken is that of other rates."""
-        rates = [1e-9 / each if each else 0.0 for each in seconds[:6]]
-        names = (
-            "convolution_gops",
-            "linear_gops",
-            "attention_gops",
-            "moved_gb_s",
-            "gathered_gb_s",
-            "weights_gb_s",
-        )
-        found = {
-            **dict(zip(names, rates, strict=True)),
-            "operator_us": seconds[6] * 1e6,
-            "call_us": seconds[7] * 1e6,
-        }
+        names = [f"{name}_gops" for name in CLASSES[:3]] + [f"{name}_gb_s" for name in CLASSES[3:7]]
+        found = {name: 1e-9 / each if each else 0.0 for name, each in zip(names, seconds, strict=False)}
+        found |= {"operator_us": seconds[7] * 1e6, "call_us": seconds[8] * 1e6}
         return replace(memory, **{name: float(f"{value:.4g}") for name, value in found.items()})
 
 
@@ -123,6 +131,10 @@ class Profile:
     """Memory of a process with the runtime and the engine in it and no network."""
     gathers: bool = False
     """Whether an integer convolution is a gather of pixels and a product there."""
+    inline_mib: float = 0.0
+    """Float32 weights of a part up to which they lie inside its graph, which is parsed as a whole."""
+    cache_mib: float = 32.0
+    """The last cache of a processor: gathers of more are slow."""
     unpacks: bool = False
     """Whether weights that alone are integers lie in memory as floats."""
     schemes: tuple[str, ...] = ("w8a8", "w4a8")

@@ -32,15 +32,15 @@ def fit(calls: Sequence[Call], known: Rates, trust: float = TRUST) -> Rates:
 
 
 def fit_memory(calls: Sequence[Call], known: Rates, base: float, trust: float = TRUST) -> Rates:
-    """The same for bytes that parts took beside the `base` of their process."""
-    before = np.array([known.held, known.alive, known.operator_kib * 1024])
-    amounts = np.array([(demand.held, demand.alive, demand.operators) for demand, _ in calls])
+    """The same for bytes that parts took beside the `base` of their process, by the relative error of both together,
+    which is what a device has room for or not.
+    """
+    before = np.array(known.bytes())
     measured = np.array([size for _, size in calls])
-    # of the process as a whole, which is what a device has room for or not
-    rows = amounts * before / measured[:, None]
-    scale = _scales(rows, trust, 1 - base / measured)
-    held, alive, kib = (float(f"{each:.4g}") for each in before * scale)
-    return replace(known, held=held, alive=alive, operator_kib=float(f"{kib / 1024:.4g}"))
+    rows = np.array([demand.sizes() for demand, _ in calls]) * before / measured[:, None]
+    held, alive, operator, part = before * _scales(rows, trust, 1 - base / measured)
+    found = {"held": held, "alive": alive, "operator_kib": operator / 1024, "part_mib": part / 2**20}
+    return replace(known, **{name: float(f"{value:.4g}") for name, value in found.items()})
 
 
 def _scales(rows: np.ndarray, trust: float, target: np.ndarray | None = None) -> np.ndarray:
