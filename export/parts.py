@@ -12,6 +12,7 @@ from typing import Any
 
 from ..model.libraries import torch
 from ..model.model import Model, Part
+from ..model.quantized import Quantized
 from ..model.trajectories import run_part
 from ..quant.simulate import weights_of
 from ..runtime.backends import Opener, runs_in
@@ -59,8 +60,22 @@ def fixed(model: Model) -> Model:
         )
         inputs, outputs = ends
         example = replace(part.example, sizes={axis: (size,) for axis, size in sizes.items()})
-        parts[part.name] = replace(part, inputs=inputs, outputs=outputs, example=example)
+        parts[part.name] = replace(
+            part, inputs=inputs, outputs=outputs, example=example, quantized=_one_sample(part)
+        )
     return replace(model, parts=parts, sample=replace(sample, fixed=True))
+
+
+def _one_sample(part: Part) -> Quantized | None:
+    """What is quantized of the part, compared on the first sample of each of its cases."""
+    if part.quantized is None:
+        return None
+    batched = {spec.name for spec in part.inputs if spec.shape[:1] == ("batch",)}
+    cases = {
+        label: {name: array[:1] if name in batched else array for name, array in feeds.items()}
+        for label, feeds in part.quantized.cases.items()
+    }
+    return replace(part.quantized, cases=cases)
 
 
 def here(spec: PartSpec, target: Target) -> Here:
