@@ -18,7 +18,7 @@ from typing import NoReturn
 from . import tfliteops as schema
 from .errors import BundleError
 from .plainfiles import plain_size
-from .tfliteops import OPERATORS, SIZED
+from .tfliteops import OPERATORS, OPTIONAL, SIZED
 
 __all__ = ["check_tflite"]
 
@@ -264,10 +264,12 @@ def _check_operator(
     name, options, fields = OPERATORS[codes[code]]
     what = f"operator {place} ({name})"
     inputs, outputs = (f.numbers(table, slot, "i", what, most=1024) for slot in (1, 2))
-    for number in inputs:
-        if number != -1 and number not in ready:
+    for slot, number in enumerate(inputs):
+        if number == -1 and OPTIONAL.get(name) == slot:
+            continue
+        if number not in ready:
             f.refuse(f"{what} reads tensor {number} before it is there")
-        if name in SIZED and number != -1 and tensors[number].kind in WHOLE:
+        if name in SIZED and tensors[number].kind in WHOLE:
             _check_sizes(f, tensors[number], what)
     for number in outputs:
         if not 0 <= number < len(tensors) or number in ready:

@@ -7,7 +7,18 @@ of hashes, and everything of other vendors.
 from __future__ import annotations
 
 __all__ = [
-    *("BUFFER", "CODE", "MODEL", "NAMED", "OPERATOR", "OPERATORS", "QUANTIZATION", "SIGNATURE", "SIZED"),
+    *(
+        "BUFFER",
+        "CODE",
+        "MODEL",
+        "NAMED",
+        "OPERATOR",
+        "OPERATORS",
+        "OPTIONAL",
+        "QUANTIZATION",
+        "SIGNATURE",
+        "SIZED",
+    ),
     *("SUBGRAPH", "TENSOR"),
 ]
 
@@ -56,6 +67,8 @@ _ROWS = (
 ai-edge-litert 2.3. Fields: b, i and q have 1, 4 and 8 bytes, v is a vector of 4-byte numbers, x must be absent."""
 
 OPERATORS = {code: (name, options, fields) for code, name, options, fields in _ROWS}
+OPTIONAL = {"CONV_2D": 2, "DEPTHWISE_CONV_2D": 2, "FULLY_CONNECTED": 2, "CONV_3D": 2, "TRANSPOSE_CONV": 3}
+"""Which input may be left out, as -1: the bias. Elsewhere kernels follow a null pointer."""
 SIZED = {
     *("PAD", "PADV2", "MIRROR_PAD", "TILE", "BROADCAST_TO", "ONE_HOT", "SCATTER_ND"),
     *("RESIZE_BILINEAR", "RESIZE_NEAREST_NEIGHBOR", "TRANSPOSE_CONV"),
