@@ -28,8 +28,8 @@ MAX_ITEMS = 100_000
 """Of a vector of tables; SD-1.5's U-Net has some ten thousand tensors."""
 MAX_DIMS = 8
 """LiteRT's own limit on most operators is 6."""
-MAX_BYTES = 2**40
-"""Of one tensor, as in graphfile.py."""
+MAX_BYTES = 2**32
+"""Of one tensor: the engine allocates what a file says an intermediate one has. SD-1.5's largest has 1 GiB."""
 MAX_SIZE = 2**20
 """Of one number that says how large an output is: pixels of a side, repetitions."""
 MAX_NAME = 4096
