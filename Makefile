@@ -1,5 +1,6 @@
 # make demo   the built-in model: export, verify, draw, measure; leaves demo-output/picture.png and report.html
 # make test   lint and the whole default test suite
+# make test-web  the web app in Chromium and Firefox, with bundles made for it: needs those two browsers
 # make lint   ruff, mypy and tsc alone
 # make web    the TypeScript runtime and the web app, in runtime/web/dist: needs Node 20 or later, and npm
 # make clean  remove what these made; the virtual environment too
@@ -18,7 +19,7 @@ DEMO ?= demo-output
 WEB := runtime/web
 WEB_SOURCES := $(wildcard $(WEB)/*.json $(WEB)/*.mjs) $(shell find $(WEB)/src $(WEB)/demo -type f)
 
-.PHONY: demo test lint links web clean
+.PHONY: demo test test-web lint links web clean
 
 demo: $(STAMP)
 	$(BIN)/fewstep demo models/emoji-64 -o $(DEMO)
@@ -54,6 +55,9 @@ $(WEB)/node_modules/.installed: $(WEB)/package-lock.json
 $(WEB)/dist/.built: $(WEB)/node_modules/.installed $(WEB_SOURCES)
 	cd $(WEB) && npm run -s build
 	touch $@
+
+test-web: web $(STAMP)
+	node $(WEB)/e2e/run.mjs
 
 clean:
 	rm -rf $(VENV) $(DEMO) $(WEB)/node_modules $(WEB)/dist build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

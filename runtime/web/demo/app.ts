@@ -198,12 +198,12 @@ async function draw(): Promise<void> {
       page.timing.textContent = `Step ${next.value.index + 1} of ${steps}`;
       if (next.value.image) put(next.value.image);
     }
-    if (page.dice.ariaPressed === "true") page.seed.value = `${anySeed()}`;
+    if (page.dice.ariaPressed === "true") page.seed.value = `${anySeed()}`; // of the next picture
   } catch (error) {
     if (!(error instanceof FewstepError && error.kind === "cancelled")) throw error;
-    say("Stopped.");
-    page.timing.textContent = "Stopped";
     if (shown) show(shown);
+    say("Stopped.");
+    page.timing.textContent = `Stopped at step ${Math.min(times.length + 1, steps)} of ${steps}`;
   } finally {
     if (drawing === own) drawing = undefined;
     page.draw.textContent = "Draw";

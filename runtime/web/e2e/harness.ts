@@ -5,6 +5,7 @@ import { webFiles } from "../src/browser/files.js";
 import { type Verification, loadPipeline, openBundle, verify } from "../src/index.js";
 import { webEngine } from "../src/engines/web.js";
 import { FewstepError } from "../src/errors.js";
+import type { Timings } from "../src/pipeline.js";
 
 const ort = new URL("/ort/", location.href).href;
 const client = connect(() => new Worker("/worker.js", { type: "module" }));
@@ -15,7 +16,7 @@ const harness = {
     variants: Variant[],
     asks: (Ask & { leaveAfter?: number })[],
     options: Partial<OpenOptions> = {},
-  ): Promise<{ opened: Opened; pictures: ({ pixels: number[]; steps: number } | { kind: string; steps: number })[] }> {
+  ): Promise<{ opened: Opened; pictures: ({ pixels: number[]; steps: number; timings: Timings } | { kind: string; steps: number })[] }> {
     const absolute = variants.map(({ url, device }) => ({ url: new URL(url, location.href).href, device }));
     const model = await client.open(absolute, { ort, ...options });
     const pictures = [];
@@ -26,7 +27,7 @@ const harness = {
         const going = model.draw(ask, controller.signal);
         let next: IteratorResult<Drawn, Picture>;
         while (!(next = await going.next()).done) if (++steps === leaveAfter) controller.abort();
-        pictures.push({ pixels: [...next.value.image.data], steps });
+        pictures.push({ pixels: [...next.value.image.data], steps, timings: next.value.timings });
       } catch (error) {
         if (!(error instanceof FewstepError)) throw error;
         pictures.push({ kind: error.kind, steps });

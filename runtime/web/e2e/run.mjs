@@ -21,8 +21,9 @@ const environment = { ...process.env, OMP_NUM_THREADS: "1" };
 const run = (...words) => execFileSync(fewstep, words, { stdio: ["ignore", "ignore", "inherit"], env: environment });
 const model = `${root}models/emoji-64-fast`;
 const make = (name, target, ...more) => existsSync(`${bundles}/${name}`) || run("export", model, "--target", target, "--no-speed", "-o", `${bundles}/${name}`, ...more);
-// 30 steps: enough to be stopped in the middle
-make("f32", "laptop-cpu", "--steps", "30");
+// 30 steps: enough to be stopped in the middle; a plan of two, which the bundle's golden latent was drawn with
+writeFileSync(`${folder}/steps.toml`, 'sampler = "ddim"\noffered = [2]\n');
+make("f32", "laptop-cpu", "--steps", "30", "--recipe", `${folder}/steps.toml`);
 make("int8", "web-wasm");
 // the software adapter of the tests has no float16
 writeFileSync(`${folder}/float32.toml`, 'precision = "float32"\nweights = "float32"\noffered = [1]\n');
