@@ -27,6 +27,8 @@ VALUES = 64
 TOLERANCES = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 5e-2}
 """Relative to the latent's peak, by the precision asked for: room for another order of summation and, in half
 precision, for a host that computes in float32 instead (emoji-64: 7e-3), not for a wrong kernel."""
+PLAN = f"steps_{STEPS}"
+"""Drawn where the bundle has it: runtimes in other languages have its plans, and no samplers to trace others."""
 DIGITS = 7
 """Significant digits stored: what float32 holds."""
 
@@ -45,6 +47,7 @@ class Draws(Protocol):
         seed: int = 0,
         output_type: str = "pil",
         sampler: str | None = None,
+        plan: str | None = None,
         observation: Any = None,
     ) -> Any: ...
 
@@ -56,9 +59,11 @@ def golden_latent(pipeline: Draws) -> dict[str, Any]:
         "prompt": PROMPT if manifest.tokenizer else None,
         "class_label": 0 if manifest.classes else None,
         "seed": 0,
-        "steps": STEPS,
-        "sampler": manifest.sampler,
     }
+    if PLAN in manifest.plans:
+        how |= {"plan": PLAN, "steps": None, "sampler": None}
+    else:
+        how |= {"plan": None, "steps": STEPS, "sampler": manifest.sampler}
     tolerance = max(TOLERANCES[part.precision] for part in manifest.parts.values())
     return {**how, "tolerance": tolerance, **_summary(_draw(pipeline, how))}
 
@@ -96,6 +101,7 @@ def _draw(pipeline: Draws, how: Mapping[str, Any]) -> NDArray[np.float64]:
         num_inference_steps=how["steps"],
         seed=how["seed"],
         sampler=how["sampler"],
+        plan=how.get("plan"),  # bundles made before there were such plans do not say
         output_type="latent",
         observation=example_observation(pipeline.manifest, 1),
     )

@@ -19,23 +19,45 @@ class Fake:
     shape: tuple[int, ...] = (1, 4, 8, 8)
 
     precision: str = "float32"
+    plans: tuple[str, ...] = ()
 
     @property
     def manifest(self):
         parts = {"unet": SimpleNamespace(precision=self.precision), "x": SimpleNamespace(precision="float32")}
         return SimpleNamespace(
-            tokenizer=object(), classes=None, sampler="ddim", process=EDM().to_json(), parts=parts
+            tokenizer=object(),
+            classes=None,
+            sampler="ddim",
+            process=EDM().to_json(),
+            parts=parts,
+            plans=self.plans,
         )
 
-    def __call__(self, prompt, *, class_labels, num_inference_steps, seed, sampler, output_type, observation):
+    def __call__(
+        self, prompt, *, class_labels, num_inference_steps, seed, sampler, plan, output_type, observation
+    ):
         assert observation is None
         assert output_type == "latent"
+        assert plan is None or (num_inference_steps is None and sampler is None)
+        num_inference_steps = int(plan.removeprefix("steps_")) if plan else num_inference_steps
         x = np.random.default_rng([seed, num_inference_steps, len(prompt)]).standard_normal(self.shape)
         return SimpleNamespace(images=(x + self.error).astype(np.float32))
 
 
 def test_a_replay_on_the_same_engine_differs_by_the_stored_digits_only():
     assert compare_golden(Fake(), golden_latent(Fake())) < 1e-6
+
+
+def test_a_plan_of_the_bundle_is_drawn_where_there_is_one_so_that_any_runtime_can():
+    golden = golden_latent(Fake(plans=("default", "steps_2")))
+    assert (golden["plan"], golden["steps"], golden["sampler"]) == ("steps_2", None, None)
+    assert compare_golden(Fake(), golden) < 1e-6
+
+
+def test_a_record_from_before_there_were_such_plans_is_replayed():
+    golden = golden_latent(Fake())
+    del golden["plan"]
+    assert compare_golden(Fake(), golden) < 1e-6
 
 
 @pytest.mark.parametrize("error", [0.1, np.nan, np.inf])
