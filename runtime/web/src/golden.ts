@@ -28,12 +28,10 @@ export async function verify(pipeline: Pipeline, signal?: AbortSignal): Promise<
   };
   const [shape, values, mean, std] = ["shape", "values", "mean", "std"].map(numbers) as [number[], number[], number[], number[]];
   const { prompt, class_label: label, seed, steps, sampler, tolerance, peak } = golden;
-  const fits = [seed, steps, tolerance, peak].every((v) => typeof v === "number") && shape.length > 1;
+  const fits = [seed, tolerance, peak].every((v) => typeof v === "number") && shape.length > 1;
   if (!fits) return refuse("manifest.json: quality.golden cannot be replayed");
-  const plan = ["default", `steps_${shown(steps)}`].find((name) => {
-    const known = name in manifest.plans ? pipeline.plan(name) : undefined;
-    return known?.steps === steps && known?.sampler === sampler;
-  });
+  const { steps: own, sampler: name } = pipeline.plan();
+  const plan = typeof golden["plan"] === "string" ? golden["plan"] : own === steps && name === sampler ? "default" : undefined;
   if (plan === undefined)
     return refuse(
       `the golden latent was drawn in ${shown(steps)} steps of ${shown(sampler)}, for which this bundle has no plan`,
