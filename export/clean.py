@@ -197,7 +197,11 @@ def strip(model: ir.Model) -> None:
     for node in model.graph:
         for value in node.outputs:
             value.metadata_props.clear()
-            if value not in kept:
+            # ONNX infers no shape behind a group norm: QNN takes none whose sizes it does not find
+            known = (
+                node.op_type == "GroupNormalization" and value.shape is not None and value.shape.is_static()
+            )
+            if value not in kept and not known:
                 value.type, value.shape = None, None
 
 

@@ -35,15 +35,18 @@ class Convention:
 
     activations: str
     """u8: bytes as they are described. s8: signed bytes whose zero is 0; a range that lies otherwise is widened until
-    it is symmetric. u16: the described range in 256 times finer steps."""
+    it is symmetric. u16: the described range in 256 times finer steps, what layers give alike where
+    that is described."""
     kernels: bool = False
     """ONNX Runtime's integer kernels, which no other engine reads, in place of Q/DQ."""
+    tables: bool = True
+    """Whether Gather takes integers; where not, tables are float16."""
 
 
 ONNXRUNTIME = Convention("u8", kernels=True)
 PORTABLE = Convention("u8")
 TENSORRT = Convention("s8")
-HEXAGON = Convention("u16")
+HEXAGON = Convention("u16", tables=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +179,13 @@ def _write(
     assert x is not None
     if node.op_type == "Gather":
         assert node.inputs[1] is not None
-        _replace(site.output, embedded(graph, weights, name, node.inputs[1]))
+        if convention.tables:
+            rows = embedded(graph, weights, name, node.inputs[1])
+        else:
+            table = graph.weight(name, weights.floats().astype(np.float16))
+            rows = graph.add("Gather", table, node.inputs[1])
+            rows = graph.add("Cast", rows, attributes={"to": int(ir.DataType.FLOAT)})
+        _replace(site.output, rows)
         return
     if layer.smooth is not None:
         inverse = (1 / layer.smooth).astype(np.float32)
@@ -201,6 +210,8 @@ def _write(
     result = graph.add(node.op_type, *inputs, attributes=node.attributes)
     if bias is not None and node.op_type == "MatMul":
         result = graph.add("Add", result, bias)
+    if layer.output is not None:
+        result = _rounded(graph, result, layer.output, convention.activations)
     _replace(site.output, result)
 
 

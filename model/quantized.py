@@ -102,6 +102,8 @@ class Layer:
     """
     bias: NDArray[np.float32] | None = None
     """[out] in place of the module's own bias, also where that has none; None: as it is."""
+    output: Activations | None = None
+    """How its result is rounded, for engines whose kernels give integers as well (Hexagon); None: it is not."""
 
 
 @dataclass(frozen=True, eq=False)

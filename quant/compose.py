@@ -16,6 +16,7 @@ from .blocks import run_order
 from .budget import PROTECTED, Pin, average_bits, choose
 from .calibrate import Recorded
 from .observe import Seen, input_codes, observe, predicted_db
+from .ranges import BITS, output_ranges
 from .scheme import Scheme
 from .sensitivity import Sensitivity, sensitivity
 from .simulate import quantizable
@@ -44,6 +45,8 @@ class Inputs:
     """How the inputs of layers are rounded; empty where they are not."""
 
     codes: Mapping[str, Activations] = field(default_factory=dict)
+    outputs: Mapping[str, Activations] = field(default_factory=dict)
+    """How their results are rounded, where they are."""
     smooth: Mapping[str, Array] = field(default_factory=dict)
     weakest: tuple[str, ...] = ()
     """Layers by the noise of their rounded inputs, the worst first."""
@@ -83,6 +86,8 @@ def round_inputs(
     inputs is a third of all the noise (benchmarks/results/calibration.json: 2.1 dB).
     """
     assert scheme.inputs is not None
+    if scheme.inputs == BITS:
+        return (yield from _of_16_bits(part, names, batches))
     fed = [name for name in names if name not in high]
     seen = yield from observe(part, batches, fed, steps, rows=ROWS if smooth else 0)
     found: dict[str, Array] = {}
@@ -93,7 +98,20 @@ def round_inputs(
             seen = {**seen, **again}
     codes = {name: input_codes(one, scheme.inputs) for name, one in seen.items()}
     noise = sorted(codes, key=lambda name: predicted_db(seen[name], codes[name]))
-    return Inputs(codes, found, tuple(noise))
+    return Inputs(codes, smooth=found, weakest=tuple(noise))
+
+
+def _of_16_bits(
+    part: Part, names: Sequence[str], batches: Sequence[Feeds]
+) -> Generator[Progress, None, Inputs]:
+    """Inputs and outputs of every layer but tables, whose rows need no rounding. Nothing of it harms: no layer is left
+    out, and there is no order of harm.
+    """
+    modules = quantizable(part)
+    fed = [name for name in names if type(modules[name]).__name__ != "Embedding"]
+    seen = yield from output_ranges(part, batches, fed)
+    codes = {name: one.codes() for name, one in seen.items()}
+    return Inputs({n: both[0] for n, both in codes.items()}, {n: both[1] for n, both in codes.items()})
 
 
 def _smoothed(
@@ -184,5 +202,5 @@ def round_weights(
             multiplier=True,
             name=f"{part.name}.{name}",
         )
-        layers[name] = Layer(weights, inputs.codes.get(name), smooth)
+        layers[name] = Layer(weights, inputs.codes.get(name), smooth, output=inputs.outputs.get(name))
     return Quantized(layers)

@@ -36,7 +36,7 @@ def simulated(part: Part, quantized: Quantized | None = None, *, inputs: bool = 
     """Inside the block part.module computes with integer weights and rounded inputs; then it is as it was.
 
     quantized  instead of part.quantized
-    inputs     False: round the weights alone
+    inputs     False: round the weights alone, neither what layers are fed nor what they give
     """
     quantized = quantized or part.quantized
     if quantized is None:
@@ -55,6 +55,8 @@ def simulated(part: Part, quantized: Quantized | None = None, *, inputs: bool = 
                 stack.enter_context(_biased(module, th.from_numpy(layer.bias)))
             if layer.smooth is not None or (inputs and layer.input is not None):
                 stack.callback(module.register_forward_pre_hook(_rounding(layer, module, inputs)).remove)
+            if inputs and layer.output is not None:
+                stack.callback(module.register_forward_hook(_rounded(layer.output)).remove)
         if quantized.drift is not None:
             stack.callback(part.module.register_forward_hook(_undrifted(part, quantized.drift)).remove)
         yield
@@ -94,6 +96,10 @@ def _rounding(layer: Layer, module: Any, inputs: bool) -> Any:
         return (x, *arguments[1:])
 
     return hook
+
+
+def _rounded(how: Activations) -> Any:
+    return lambda _, arguments, output: fake_quantize(output, how)
 
 
 def _is_linear(module: Any) -> bool:
