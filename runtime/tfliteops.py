@@ -38,7 +38,13 @@ _ROWS = (
     *((3, "CONV_2D", 1, "biibiib"), (4, "DEPTHWISE_CONV_2D", 2, "biiibii"), (5, "DEPTH_TO_SPACE", 94, "i")),
     *((6, "DEQUANTIZE", 38, ""), (7, "EMBEDDING_LOOKUP", 0, ""), (8, "FLOOR", 0, "")),
     *((9, "FULLY_CONNECTED", 8, "bbbbbx"), (14, "LOGISTIC", 0, ""), (17, "MAX_POOL_2D", 5, "biiiib")),
-    *((18, "MUL", 21, "b"), (19, "RELU", 0, ""), (21, "RELU6", 0, ""), (22, "RESHAPE", 17, "v")),
+    *(
+        (18, "MUL", 21, "b"),
+        (19, "RELU", 0, ""),
+        (20, "RELU_N1_TO_1", 0, ""),
+        (21, "RELU6", 0, ""),
+        (22, "RESHAPE", 17, "v"),
+    ),
     *((23, "RESIZE_BILINEAR", 15, "bb"), (25, "SOFTMAX", 9, "i"), (26, "SPACE_TO_DEPTH", 19, "i")),
     *((28, "TANH", 0, ""), (34, "PAD", 22, ""), (36, "GATHER", 23, "ii"), (39, "TRANSPOSE", 26, "")),
     *((40, "MEAN", 27, "b"), (41, "SUB", 28, "bb"), (42, "DIV", 29, "b"), (43, "SQUEEZE", 30, "v")),
@@ -60,7 +66,12 @@ _ROWS = (
     *((107, "GATHER_ND", 83, ""), (108, "COS", 84, ""), (111, "ELU", 0, ""), (114, "QUANTIZE", 89, "")),
     *((116, "ROUND", 0, ""), (117, "HARD_SWISH", 91, ""), (122, "SCATTER_ND", 97, "")),
     *((123, "SELECT_V2", 98, ""), (126, "BATCH_MATMUL", 101, "bbb"), (128, "CUMSUM", 102, "bb")),
-    *((130, "BROADCAST_TO", 104, ""), (132, "CONV_3D", 106, "biiibiii"), (150, "GELU", 116, "b")),
+    *(
+        (130, "BROADCAST_TO", 104, ""),
+        (132, "CONV_3D", 106, "biiibiii"),
+        (150, "GELU", 116, "b"),
+        (152, "RELU_0_TO_1", 0, ""),
+    ),
     *((156, "ATAN2", 122, ""), (158, "SIGN", 123, "")),
 )
 """(code, name, number of its options in the union BuiltinOptions or 0, their fields in order), from the schema of
