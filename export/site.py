@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import runtime
+from ..model import Model
 from ..runtime.bundle import Bundle
 from ..runtime.errors import BadInput, OutputError
 from ..runtime.files import output_errors, remove, remove_stale, rename_folder, sync_folder, temporary_name
@@ -106,7 +107,7 @@ def _entry(name: str, manifest: Manifest) -> dict[str, Any]:
 
 
 def export_site(
-    source: str | Path,
+    source: str | Path | Model,
     out: Path | str,
     *,
     steps: int | None = None,
