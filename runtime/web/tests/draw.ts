@@ -1,13 +1,18 @@
-// node dist/tests/draw.js BUNDLE OUT REQUEST...   draws each request (JSON) with onnxruntime-node, one thread:
+// node dist/tests/draw.js ENGINE BUNDLE OUT REQUEST...   draws each request (JSON) on one thread of onnxruntime-node or -web:
 // OUT/0.rgba, OUT/0.latents (float32), OUT/1.rgba, ...; prints JSON: the timings, and what verify() says
 import { writeFileSync } from "node:fs";
 import * as ort from "onnxruntime-node";
 import { folderFiles, nodeEngine } from "../src/engines/node.js";
+import { webEngine } from "../src/engines/web.js";
 import { type Request, type Verification, loadPipeline, openBundle, verify } from "../src/index.js";
 
-const [bundle, out, ...requests] = process.argv.slice(2) as [string, string, ...string[]];
+const [name, bundle, out, ...requests] = process.argv.slice(2) as [string, string, string, ...string[]];
+const engine =
+  name === "onnxruntime-node"
+    ? nodeEngine(ort, { threads: 1 })
+    : webEngine(await import("onnxruntime-web"), { device: "wasm" }); // its WebAssembly runs in Node too
 const start = performance.now();
-const pipeline = await loadPipeline(await openBundle(folderFiles(bundle)), nodeEngine(ort, { threads: 1 }));
+const pipeline = await loadPipeline(await openBundle(folderFiles(bundle)), engine);
 const loadMs = performance.now() - start;
 const timings = [];
 for (const [i, text] of requests.entries()) {
