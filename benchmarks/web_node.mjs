@@ -55,18 +55,25 @@ async function draw() {
 async function golden() {
   const equal = streams.filter((stream) => drawStream(stream).sha256 === stream.sha256).length;
   const errors = [];
-  for (const one of cases) errors.push({ name: one.name, error: await difference(one), tolerance: Number(one.tolerance) });
+  for (const one of cases)
+    errors.push({ name: one.name, error: await difference(one), tolerance: Number(one.tolerance) });
   const passed = errors.filter(({ error, tolerance }) => error < tolerance).length;
   const worst = {}; // by what is allowed: a leapfrog amplifies rounding
   for (const one of errors) if (!(worst[one.tolerance]?.error > one.error)) worst[one.tolerance] = one;
-  return { noise: { streams: streams.length, equal }, plans: { cases: cases.length, passed, worst: Object.values(worst) } };
+  return {
+    noise: { streams: streams.length, equal },
+    plans: { cases: cases.length, passed, worst: Object.values(worst) },
+  };
 }
 
 async function sizes() {
   const esbuild = require("esbuild");
   const options = { bundle: true, minify: true, format: "esm", write: false, packages: "external" };
   const found = {};
-  for (const [name, path] of [["core", "src/index.ts"], ["core_and_web_engine", "src/browser/worker.ts"]]) {
+  for (const [name, path] of [
+    ["core", "src/index.ts"],
+    ["core_and_web_engine", "src/browser/worker.ts"],
+  ]) {
     const entryPoints = [new URL(path, WEB).pathname];
     const { contents } = (await esbuild.build({ ...options, entryPoints })).outputFiles[0];
     found[name] = { minified_bytes: contents.length, brotli_bytes: brotliCompressSync(contents).length };
@@ -75,5 +82,7 @@ async function sizes() {
 }
 
 const version = JSON.parse(readFileSync(new URL("node_modules/onnxruntime-node/package.json", WEB))).version;
-const answer = bundle ? await draw() : { node: process.version, onnxruntime_node: version, ...(await golden()), sizes: await sizes() };
+const answer = bundle
+  ? await draw()
+  : { node: process.version, onnxruntime_node: version, ...(await golden()), sizes: await sizes() };
 console.log(JSON.stringify(answer));

@@ -29,10 +29,21 @@ await build({
 });
 if (tests) {
   rmSync("dist/tests", { recursive: true, force: true });
-  const entryPoints = readdirSync("tests").filter((name) => name.endsWith(".ts")).map((name) => `tests/${name}`);
+  const entryPoints = readdirSync("tests")
+    .filter((name) => name.endsWith(".ts"))
+    .map((name) => `tests/${name}`);
   await build({ ...common, entryPoints, outdir: "dist/tests", platform: "node", sourcemap: "inline" });
 } else {
-  const options = ["--noEmit", "false", "--declaration", "--emitDeclarationOnly", "--outDir", "dist/types", "--rootDir", "src"];
+  const options = [
+    "--noEmit",
+    "false",
+    "--declaration",
+    "--emitDeclarationOnly",
+    "--outDir",
+    "dist/types",
+    "--rootDir",
+    "src",
+  ];
   execFileSync("node_modules/.bin/tsc", ["-p", "tsconfig.types.json", ...options], { stdio: "inherit" });
   if (existsSync("demo/build.mjs")) await import("./demo/build.mjs"); // dist/site: the web app
 }

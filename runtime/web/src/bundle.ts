@@ -1,4 +1,4 @@
-/** A bundle: manifest.json and the files it lists, wherever the bytes come from. runtime/spec/bundle.md is the format. */
+/** A bundle: manifest.json and the files it lists, wherever the bytes come from. Format: runtime/spec/bundle.md. */
 
 import type { GraphFiles } from "./engine.js";
 import { FewstepError, checkSignal, count, quoted } from "./errors.js";
@@ -110,7 +110,9 @@ export async function openBundle(files: Files, options: BundleOptions = {}): Pro
 
 function checkNames(manifest: Manifest, found: string[]): void {
   const names = new Set(found);
-  const missing = Object.keys(manifest.files).sort().find((name) => !names.has(name));
+  const missing = Object.keys(manifest.files)
+    .sort()
+    .find((name) => !names.has(name));
   if (missing !== undefined) throw new FewstepError("bundle", `${missing} is missing`, "", AGAIN);
   const extra = found.sort().find((name) => name !== NAME && !(name in manifest.files));
   if (extra !== undefined)

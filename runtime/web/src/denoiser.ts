@@ -58,7 +58,11 @@ export function denoiser(session: Session, name: string, spec: PartSpec, shape: 
   };
 
   /** One output of 1 or 2 times `size` values for each of the samples. */
-  const network = async (samples: Float32Array[], timestep: number, conditions: Conditions[]): Promise<Float32Array[]> => {
+  const network = async (
+    samples: Float32Array[],
+    timestep: number,
+    conditions: Conditions[],
+  ): Promise<Float32Array[]> => {
     const n = samples.length;
     const feeds = { ...conditionFeeds(conditions) };
     for (const { name: input, dtype, shape: sizes } of spec.inputs)

@@ -1,6 +1,6 @@
 /**
- * A gate for ONNX files: what a stranger's graph must be before a native parser sees a byte of it. Only the structure is
- * read. The rules, and what each stands against, are in runtime/spec/bundle.md.
+ * A gate for ONNX files: what a stranger's graph must be before a native parser sees a byte of it. Only the structure
+ * is read. The rules, and what each stands against, are in runtime/spec/bundle.md.
  */
 
 import { FewstepError, count, quoted } from "./errors.js";
@@ -35,10 +35,29 @@ const FORBIDDEN_OPS = ["If", "Loop", "Scan", "SequenceMap", "EPContext"];
 /** Protobuf cannot hold more. */
 const MAX_FILE = 2 ** 31 - 1;
 /** TensorProto.DataType -> bits of an element; strings, complex numbers and 6-bit floats have no place here. */
-const BITS: Record<number, number> = { 1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64 };
+const BITS: Record<number, number> = {
+  1: 32,
+  2: 8,
+  3: 8,
+  4: 16,
+  5: 16,
+  6: 32,
+  7: 64,
+  9: 8,
+  10: 16,
+  11: 64,
+  12: 32,
+  13: 64,
+};
 Object.assign(BITS, { 16: 16, 17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2, 26: 2 });
 /** The typed list that may hold a type, when the values are not raw bytes; int32_data for the rest. */
-const TYPED: Record<number, string> = { 1: "float_data", 11: "double_data", 7: "int64_data", 12: "uint64_data", 13: "uint64_data" };
+const TYPED: Record<number, string> = {
+  1: "float_data",
+  11: "double_data",
+  7: "int64_data",
+  12: "uint64_data",
+  13: "uint64_data",
+};
 const FIXED: Record<string, number> = { float_data: 4, double_data: 8 };
 
 interface Checked {
@@ -125,8 +144,7 @@ function checkNode(f: Checked, start: number, end: number, opsets: ReadonlyMap<s
   if (!OPSETS.has(domain))
     f.wire.refuse(`${where} is of the operator set ${quoted(domain)}`, "ai.onnx or com.microsoft");
   const onnx = domain !== "com.microsoft" && (opsets.has("") || opsets.has("ai.onnx"));
-  if (!opsets.has(domain) && !onnx)
-    f.wire.refuse(`${where}: its operator set ${domain || "ai.onnx"} is not imported`);
+  if (!opsets.has(domain) && !onnx) f.wire.refuse(`${where}: its operator set ${domain || "ai.onnx"} is not imported`);
   if (FORBIDDEN_OPS.includes(op)) f.wire.refuse(where, "no control flow and no embedded engine contexts");
   for (const [, a, b] of attributes)
     for (const [name, from, to] of f.wire.fields(a, b, ATTRIBUTE)) {
@@ -147,7 +165,12 @@ function checkValue(f: Checked, start: number, end: number): void {
     for (const [, c, d] of wire.fields(a, b, TYPE).filter(([name]) => name === "tensor"))
       for (const [, from, to] of wire.fields(c, d, TENSOR_TYPE).filter(([name]) => name === "shape")) {
         const sizes = wire.fields(from, to, SHAPE).flatMap(([, dim, stop]) => wire.fields(dim, stop, DIM));
-        checkDims(f, sizes.filter(([name]) => name === "value").map(([, value]) => value), 8, where);
+        checkDims(
+          f,
+          sizes.filter(([name]) => name === "value").map(([, value]) => value),
+          8,
+          where,
+        );
       }
 }
 
@@ -179,8 +202,7 @@ function checkTensor(f: Checked, start: number, end: number, owner: string): str
     else if (name === "external_data") {
       const entry = new Map(f.wire.fields(a, b, ENTRY).map(([key, s, e]) => [key, f.wire.text(s, e)]));
       const key = entry.get("key") ?? "";
-      if (external.has(key))
-        f.wire.refuse(`tensor ${quoted(label)}: external data key ${quoted(key)} is given twice`);
+      if (external.has(key)) f.wire.refuse(`tensor ${quoted(label)}: external data key ${quoted(key)} is given twice`);
       external.set(key, entry.get("value") ?? "");
     } else if (name.endsWith("_data")) typed.set(name, (typed.get(name) ?? 0) + countValues(f, name, a, b));
   }

@@ -100,7 +100,7 @@ export const IDENTIFIER = /^[A-Za-z_][A-Za-z0-9_]{0,63}$/;
 
 /**
  * Read manifest.json as `parseJson` gives it. Every field must be there and no other, of its type and in its range;
- * every path must be safe; every file a part or the tokenizer names must be listed. Throws FewstepError naming the field.
+ * every path must be safe; every file a part or the tokenizer names must be listed. Throws FewstepError naming it.
  */
 export function readManifest(data: Json): Manifest {
   if (!isObject(data) || !(VERSION_KEY in data))

@@ -11,10 +11,10 @@ const BLOCK = 16;
 const MAX_SEED = 2n ** 64n - 1n;
 
 // fdlibm e_log.c: ln 2 in two parts, and R(z) = log((1+s)/(1-s))/s - 2 at z = s^2
-const LN2_HI = 6.93147180369123816490e-1;
+const LN2_HI = 6.9314718036912381649e-1;
 const LN2_LO = 1.90821492927058770002e-10;
 const LOG = [
-  6.666666666666735130e-1, 3.999999999940941908e-1, 2.857142874366239149e-1, 2.222219843214978396e-1,
+  6.66666666666673513e-1, 3.999999999940941908e-1, 2.857142874366239149e-1, 2.222219843214978396e-1,
   1.818357216161805012e-1, 1.531383769920937332e-1, 1.479819860511658591e-1,
 ] as const;
 // fdlibm k_sin.c and k_cos.c, for |x| <= pi/4
@@ -24,7 +24,7 @@ const SIN = [
 ] as const;
 const COS = [
   4.16666666666666019037e-2, -1.38888888888741095749e-3, 2.48015872894767294178e-5, -2.75573143513906633035e-7,
-  2.08757232129817482790e-9, -1.13596475577881948265e-11,
+  2.0875723212981748279e-9, -1.13596475577881948265e-11,
 ] as const;
 
 /** Matsumoto and Nishimura 1998, init_genrand and genrand_int32: all numbers are theirs. */
@@ -116,7 +116,12 @@ export function noise(seed: number | bigint): Noise {
     }
   };
   return (n) => {
-    check(Number.isSafeInteger(n) && n >= BLOCK, `noise of ${n} values`, `at least ${BLOCK}`, "draw more and keep a part");
+    check(
+      Number.isSafeInteger(n) && n >= BLOCK,
+      `noise of ${n} values`,
+      `at least ${BLOCK}`,
+      "draw more and keep a part",
+    );
     const out = new Float32Array(n);
     const rest = n % BLOCK;
     for (let start = 0; start < n - rest; start += BLOCK) fill(out, start);

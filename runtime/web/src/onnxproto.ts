@@ -13,8 +13,8 @@ type Message = Map<number, { name: string; once: boolean }>;
 
 /**
  * The known fields of a message: "7L:graph" is number 7, with a length, called graph; V varint, F fixed32, D fixed64.
- * Protobuf parsers skip a field of the wrong wire type and let the last of several win; refusing both means that what is
- * checked is what the engine will see. Field numbers are those of onnx.proto (ONNX 1.23).
+ * Protobuf parsers skip a field of the wrong wire type and let the last of several win; refusing both means that what
+ * is checked is what the engine will see. Field numbers are those of onnx.proto (ONNX 1.23).
  */
 function message(once: string, repeated = ""): Message {
   const wires: Record<string, number> = { V: 0, D: 1, L: 2, F: 5 };
@@ -110,7 +110,9 @@ export class Wire {
       const size = wire === 2 ? this.varint(end) : wire === 5 ? 4 : 8;
       const left = end - this.at;
       if (size > left)
-        this.refuse(`${name} at byte ${this.at} needs ${count(size)} bytes, ${count(left)} are left: the file is cut short`);
+        this.refuse(
+          `${name} at byte ${this.at} needs ${count(size)} bytes, ${count(left)} are left: the file is cut short`,
+        );
       found.push([name, this.at, this.at + size]);
       this.at += size;
     }
@@ -129,7 +131,7 @@ export class Wire {
   /** Packed numbers. */
   numbers(start: number, end: number): number[] {
     const values: number[] = [];
-    for (this.at = start; this.at < end; ) {
+    for (this.at = start; this.at < end;) {
       values.push(this.varint(end));
       if (values.length > MAX_DIMS) this.refuse(`a tensor of more than ${MAX_DIMS} dimensions`);
     }

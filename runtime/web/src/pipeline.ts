@@ -159,7 +159,7 @@ export async function loadPipeline(bundle: Bundle, engine: Engine, options: Pipe
     return { dims: out.dims.slice(1), values: finite("text_encoder", toFloats(out)) };
   };
 
-  /** What the network is conditioned on; a label after the last means no class (Peebles and Xie 2022 <arXiv:2212.09748>). */
+  /** What the network is conditioned on; the label after the last means no class (DiT <arXiv:2212.09748>). */
   const condition = async (request: Request, scale: number, shape: number[]): Promise<Conditioning> => {
     const { prompt, negativePrompt, classLabel } = request;
     const names = conditionNames(manifest.parts[manifest.denoiser]!);
@@ -225,7 +225,10 @@ export async function loadPipeline(bundle: Bundle, engine: Engine, options: Pipe
       const name = graphs.get(call.graph)!;
       if (!byPart.has(name)) {
         for (const other of parts) if (other !== name && byPart.delete(other)) await done(other);
-        byPart.set(name, open(name).then((session) => denoiser(session, name, manifest.parts[name]!, shape, how)));
+        byPart.set(
+          name,
+          open(name).then((session) => denoiser(session, name, manifest.parts[name]!, shape, how)),
+        );
       }
       return (await byPart.get(name)!)(z, call);
     };
@@ -295,7 +298,8 @@ export async function loadPipeline(bundle: Bundle, engine: Engine, options: Pipe
   if (!options.lowMemory)
     try {
       // one after the other: reading the next while one is opened would need memory for both
-      for (const name of ["text_encoder", manifest.denoiser, "vae_decoder"]) if (name in manifest.parts) await open(name);
+      for (const name of ["text_encoder", manifest.denoiser, "vae_decoder"])
+        if (name in manifest.parts) await open(name);
     } catch (error) {
       await pipeline.close();
       throw error;

@@ -116,11 +116,13 @@ function readCall(data: Json, k: number, states: number): Call {
 
 /** Read a plan as `parseJson` gives it and check that it can run. Throws FewstepError naming the row at fault. */
 export function readPlan(data: Json): Plan {
-  const { sampler, steps, prediction, init, calls: rows } = exactly(
-    data,
-    ["sampler", "steps", "prediction", "init", "calls"],
-    "a plan",
-  );
+  const {
+    sampler,
+    steps,
+    prediction,
+    init,
+    calls: rows,
+  } = exactly(data, ["sampler", "steps", "prediction", "init", "calls"], "a plan");
   if (!Array.isArray(rows) || rows.length < 1 || rows.length > MAX_CALLS)
     return refuse("a plan whose calls are missing or too many", `1 to ${MAX_CALLS} rows`);
   if (typeof sampler !== "string" || typeof prediction !== "string")
@@ -232,7 +234,11 @@ export async function* runPlan(
     if (call.next) {
       if (noiseScale)
         for (const [kind, i] of call.next)
-          if (kind === "n") values.set(`n${i}`, value("n", i).map((v, j) => v * noiseScale[j]!));
+          if (kind === "n")
+            values.set(
+              `n${i}`,
+              value("n", i).map((v, j) => v * noiseScale[j]!),
+            );
       x = combine(call.next, value);
       values.set(`x${++index}`, x);
     }

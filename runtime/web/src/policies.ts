@@ -4,7 +4,7 @@ import { FewstepError } from "./errors.js";
 import type { Call, Denoise, Prediction } from "./plan.js";
 import { type Json, isObject } from "./strictjson.js";
 
-/** (timestep, variance, a, b, c): the variance of a sample at that time, and x0 = a x + b output + c y that goes with it. */
+/** (timestep, variance, a, b, c): the variance of a sample at that time, and its x0 = a x + b output + c y. */
 type Candidate = [number, number, number, number, number];
 
 export type Policy =
@@ -135,7 +135,10 @@ function threshold(x0: Float32Array, batch: number, ratio: number, limit: number
     const at = ratio * (size - 1);
     const [low, high] = [sorted[Math.floor(at)]!, sorted[Math.ceil(at)]!];
     const s = Math.fround(Math.min(Math.max(low + (high - low) * (at % 1), 1), limit));
-    out.set(sample.map((v) => Math.min(Math.max(v, -s), s) / s), b * size);
+    out.set(
+      sample.map((v) => Math.min(Math.max(v, -s), s) / s),
+      b * size,
+    );
   }
   return out;
 }

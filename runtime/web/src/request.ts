@@ -44,7 +44,10 @@ export function sampleShape({ sample, grid }: Manifest, height = sample.height, 
 }
 
 /** Throws FewstepError for a prompt or class label the model does not take. */
-export function checkSubjects({ task, tokenizer, classes }: Manifest, { prompt, negativePrompt, classLabel }: Request): void {
+export function checkSubjects(
+  { task, tokenizer, classes }: Manifest,
+  { prompt, negativePrompt, classLabel }: Request,
+): void {
   if (tokenizer) check(typeof prompt === "string", "no prompt", "a text", "give { prompt: TEXT }");
   else check((prompt ?? negativePrompt) === undefined, `a prompt for a model of task ${task}`, "no prompt");
   if (classes === null) check(classLabel === undefined, `a class label for a model of task ${task}`, "no class label");

@@ -47,7 +47,7 @@ export function parseJson(bytes: Uint8Array, where: string): Json {
   };
   const string = (): string => {
     let value = "";
-    for (at++; ; ) {
+    for (at++; ;) {
       value += take(PLAIN)![0];
       const next = text[at++];
       if (next === '"') break;
@@ -86,7 +86,7 @@ export function parseJson(bytes: Uint8Array, where: string): Json {
   };
   const list = (depth: number): Json[] => {
     const items: Json[] = [];
-    for (at++, space(); text[at] !== "]"; ) {
+    for (at++, space(); text[at] !== "]";) {
       items.push(value(depth));
       if (text[at] === "]") break;
       if (text[at++] !== ",") broken("a list without end");
@@ -98,7 +98,7 @@ export function parseJson(bytes: Uint8Array, where: string): Json {
   };
   const object = (depth: number): JsonObject => {
     const items = Object.create(null) as JsonObject;
-    for (at++, space(); text[at] !== "}"; ) {
+    for (at++, space(); text[at] !== "}";) {
       if (text[at] !== '"') broken("an object without end");
       const key = string();
       if (key in items) refuse(`key ${quoted(key)} appears twice in one object`);

@@ -7,16 +7,24 @@ import { FewstepError } from "./errors.js";
 export function toTensor(dtype: string, dims: number[], values: Float32Array | number[]): NamedTensor {
   switch (dtype) {
     case "float32":
-      return { dtype, dims, data: Float32Array.from(values) };
+      return { dtype, dims, data: asFloats(values) };
     case "float16":
-      return { dtype, dims, data: toHalf(Float32Array.from(values)) };
+      return { dtype, dims, data: toHalf(asFloats(values)) };
     case "int32":
       return { dtype, dims, data: Int32Array.from(values) };
     case "int64":
       return { dtype, dims, data: BigInt64Array.from(values as number[], (value) => BigInt(Math.trunc(value))) };
   }
-  throw new FewstepError("bundle", `a graph that takes ${dtype}`, "float32, float16, int32 or int64", "export it again");
+  throw new FewstepError(
+    "bundle",
+    `a graph that takes ${dtype}`,
+    "float32, float16, int32 or int64",
+    "export it again",
+  );
 }
+
+const asFloats = (values: Float32Array | number[]): Float32Array =>
+  values instanceof Float32Array ? values : Float32Array.from(values);
 
 /** A tensor's values as float32. */
 export function toFloats({ dtype, data }: NamedTensor): Float32Array {
@@ -50,8 +58,10 @@ export function toHalf(values: Float32Array): Uint16Array {
     const sign = (word[0]! >>> 16) & 0x8000;
     const magnitude = word[0]! & 0x7fffffff;
     let half: number;
-    if (magnitude > 0x7f800000) half = 0x7e00; // NaN
-    else if (magnitude >= 0x47800000) half = 0x7c00; // 65536 and above
+    if (magnitude > 0x7f800000)
+      half = 0x7e00; // NaN
+    else if (magnitude >= 0x47800000)
+      half = 0x7c00; // 65536 and above
     else if (magnitude >= 0x38800000) {
       // 2^-14 and above: a carry out of the fraction rightly raises the exponent, up to infinity
       half = (magnitude - 0x38000000 + 0xfff + ((magnitude >>> 13) & 1)) >>> 13;

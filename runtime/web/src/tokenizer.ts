@@ -38,7 +38,12 @@ export function openTokenizer(data: Json, spec: TokenizerSpec, where: string): T
     );
   const split = addedTokens(file);
   return (text) => {
-    check(!LONE_SURROGATE.test(text), "the prompt holds half a surrogate pair", "valid Unicode", "remove that character");
+    check(
+      !LONE_SURROGATE.test(text),
+      "the prompt holds half a surrogate pair",
+      "valid Unicode",
+      "remove that character",
+    );
     const ids = split(text);
     const room = spec.max_length - 2;
     const kept = [file.start, ...ids.slice(0, room), file.end];
@@ -60,9 +65,17 @@ function addedTokens(file: TokenizerFile): (text: string) => number[] {
   };
   const normal = (text: string): string => file.normalizers.reduce(normalize, text);
   const words = (text: string): number[] =>
-    file.preTokenizers.reduce((pieces, component) => pieces.flatMap((p) => preTokenize(p, component)), [text]).flatMap(word);
-  const inNormalized = finder(file.added.filter((token) => token.normalized), normal);
-  const inText = finder(file.added.filter((token) => !token.normalized), (content) => content);
+    file.preTokenizers
+      .reduce((pieces, component) => pieces.flatMap((p) => preTokenize(p, component)), [text])
+      .flatMap(word);
+  const inNormalized = finder(
+    file.added.filter((token) => token.normalized),
+    normal,
+  );
+  const inText = finder(
+    file.added.filter((token) => !token.normalized),
+    (content) => content,
+  );
   return (text) => {
     cache.clear();
     return inText(text, (between) => inNormalized(normal(between), words));
@@ -129,7 +142,7 @@ function preTokenize(piece: string, component: Component): string[] {
   return found;
 }
 
-/** Byte pair encoding (Sennrich et al. 2016 <arXiv:1508.07909>): the merge of the lowest rank first, the leftmost of equals. */
+/** Byte pair encoding, Sennrich et al. 2016 <arXiv:1508.07909>: the merge of the lowest rank first, the leftmost. */
 function bytePairs(file: TokenizerFile, piece: string): number[] {
   const { vocab, merges } = file;
   if (file.ignoreMerges && vocab.has(piece)) return [vocab.get(piece)!];
@@ -137,10 +150,14 @@ function bytePairs(file: TokenizerFile, piece: string): number[] {
   let symbols: string[] = [];
   for (const [i, character] of characters.entries()) {
     const symbol = i === characters.length - 1 ? character + file.endOfWord : character;
-    const bytes = Array.from(new TextEncoder().encode(symbol), (b) => `<0x${b.toString(16).toUpperCase().padStart(2, "0")}>`);
+    const bytes = Array.from(
+      new TextEncoder().encode(symbol),
+      (b) => `<0x${b.toString(16).toUpperCase().padStart(2, "0")}>`,
+    );
     if (vocab.has(symbol)) symbols.push(symbol);
     else if (file.byteFallback && bytes.every((byte) => vocab.has(byte))) symbols.push(...bytes);
-    else if (file.unknown !== undefined && !(file.fuseUnknown && symbols.at(-1) === file.unknown)) symbols.push(file.unknown);
+    else if (file.unknown !== undefined && !(file.fuseUnknown && symbols.at(-1) === file.unknown))
+      symbols.push(file.unknown);
   }
   const rank = (left: string | undefined, right: string | undefined): number =>
     merges.get(`${left}\0${right}`) ?? Infinity;

@@ -89,7 +89,7 @@ const MODEL: Fields = {
 };
 const FLAGS = ["single_word", "lstrip", "rstrip", "normalized", "special"];
 
-/** Read tokenizer.json as `parseJson` gives it. Throws FewstepError naming the component for anything but CLIP's kind. */
+/** Read tokenizer.json as `parseJson` gives it. Throws FewstepError naming what is not CLIP's kind. */
 export function readTokenizerFile(data: Json, where: string): TokenizerFile {
   const refuse = (found: string, expected = "what CLIP's tokenizer needs"): never => {
     throw new FewstepError("bundle", `${where}: ${found}`, expected, "export the bundle again");
@@ -110,7 +110,12 @@ export function readTokenizerFile(data: Json, where: string): TokenizerFile {
       return refuse(`${role} ${quoted(kind, 40)}`, Object.keys(known).join(", "));
     const fields = known[kind]!;
     const names = ["type", ...Object.keys(fields)];
-    keys(`${role} ${kind}`, found, names, names.filter((name) => name !== "use_regex")); // not in files before 2022
+    keys(
+      `${role} ${kind}`,
+      found,
+      names,
+      names.filter((name) => name !== "use_regex"),
+    ); // not in files before 2022
     for (const [name, allowed] of Object.entries(fields))
       if (allowed && name in found && !allowed.includes(found[name]!))
         refuse(`${role} ${kind}: ${name} is ${shown(found[name])}`);
@@ -121,7 +126,8 @@ export function readTokenizerFile(data: Json, where: string): TokenizerFile {
     }
     if (kind === "ByteLevel") return [{ type: kind, useRegex: found["use_regex"] !== false }];
     if (kind !== "Replace" && kind !== "Split") return [{ type: kind } as Component];
-    const source = isObject(found["pattern"]) && Object.keys(found["pattern"]).join() === "Regex" && found["pattern"]["Regex"];
+    const source =
+      isObject(found["pattern"]) && Object.keys(found["pattern"]).join() === "Regex" && found["pattern"]["Regex"];
     const pattern = typeof source === "string" ? PATTERNS.get(source) : undefined;
     if (!pattern) return refuse(`${role} ${kind}: pattern ${shown(source || null)}`, "one of CLIP's patterns");
     if (kind === "Replace") return [{ type: kind, pattern }];
@@ -138,8 +144,7 @@ export function readTokenizerFile(data: Json, where: string): TokenizerFile {
   const model = keys("model", file["model"], ["type", ...Object.keys(MODEL)], ["vocab", "merges"]);
   if ((model["type"] ?? "BPE") !== "BPE") refuse(`model ${shown(model["type"])}`, "BPE");
   for (const [name, options] of Object.entries(MODEL))
-    if (options && name in model && !options.includes(model[name]!))
-      refuse(`model: ${name} is ${shown(model[name])}`);
+    if (options && name in model && !options.includes(model[name]!)) refuse(`model: ${name} is ${shown(model[name])}`);
 
   const vocab = model["vocab"];
   if (!isObject(vocab)) return refuse("vocab is no object");
@@ -187,7 +192,8 @@ export function readTokenizerFile(data: Json, where: string): TokenizerFile {
   }
   const [start, end] = ["cls", "sep"].map((name) => {
     const pair = (file["post_processor"] as JsonObject)[name];
-    const good = Array.isArray(pair) && pair.length === 2 && typeof pair[0] === "string" && ids.get(pair[0]) === pair[1];
+    const good =
+      Array.isArray(pair) && pair.length === 2 && typeof pair[0] === "string" && ids.get(pair[0]) === pair[1];
     return good ? Number(pair[1]) : refuse(`post_processor ${name}`, "a token of the vocabulary and its id");
   }) as [number, number];
   return {

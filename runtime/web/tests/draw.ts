@@ -1,4 +1,4 @@
-// node dist/tests/draw.js ENGINE BUNDLE OUT REQUEST...   draws each request (JSON) on one thread of onnxruntime-node or -web:
+// node dist/tests/draw.js ENGINE BUNDLE OUT REQUEST...   draws each request (JSON) with onnxruntime-node or -web:
 // OUT/0.rgba, OUT/0.latents (float32), OUT/1.rgba, ...; prints JSON: the timings, and what verify() says
 import { writeFileSync } from "node:fs";
 import * as ort from "onnxruntime-node";

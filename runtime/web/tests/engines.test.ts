@@ -17,7 +17,11 @@ const x = { dtype: "float32", dims: [1, 2], data: new Float32Array([1, 1]) };
 test("a graph runs in onnxruntime-node, with its weights inside it or beside it", async () => {
   const inside = await nodeEngine(ort).open({ name: "model.onnx", graph: GRAPH, external: [] }, SPEC);
   // the fixture's graph: y = x [[0, 1, 2], [3, 4, 5]] + [1, 2, 3]
-  assert.deepEqual((await inside.run({ x }))["y"], { dtype: "float32", dims: [1, 3], data: new Float32Array([4, 7, 10]) });
+  assert.deepEqual((await inside.run({ x }))["y"], {
+    dtype: "float32",
+    dims: [1, 3],
+    data: new Float32Array([4, 7, 10]),
+  });
   await inside.release();
   const data = new Uint8Array(new Float32Array(25).fill(1).buffer);
   const files = { name: "model.onnx", graph: WITH_DATA, external: [{ path: "model.onnx_data", data }] };
@@ -41,10 +45,18 @@ test("what cannot be loaded or run is an error of ours", async () => {
 });
 
 for (const [error, kind, message] of [
-  [new RangeError("Array buffer allocation failed"), "memory", /not enough memory: .*fix: close other tabs and apps, load with \{ lowMemory: true \}/],
+  [
+    new RangeError("Array buffer allocation failed"),
+    "memory",
+    /not enough memory: .*fix: close other tabs and apps, load with \{ lowMemory: true \}/,
+  ],
   [new Error("std::bad_alloc"), "memory", /not enough memory/],
   [new Error("failed to allocate a buffer of size 900000000"), "memory", /not enough memory/],
-  [new Error("ERROR_CODE: 9, NOT_IMPLEMENTED: Could not find an implementation for Foo(23)"), "engine", /Foo.*; fix: export the bundle for web-wasm/],
+  [
+    new Error("ERROR_CODE: 9, NOT_IMPLEMENTED: Could not find an implementation for Foo(23)"),
+    "engine",
+    /Foo.*; fix: export the bundle for web-wasm/,
+  ],
   [new Error("something else\nat line 5"), "engine", /^it \(something else\); fix/],
   ["a text", "engine", /a text/],
 ] as const)
@@ -55,9 +67,12 @@ for (const [error, kind, message] of [
   });
 
 /** The parts of an ONNX Runtime that are only looked at. */
-const fakeOrt = (): Ort & { env: Env } => ({ ...ort, env: { wasm: {}, webgl: {}, webgpu: {}, versions: {} } as unknown as Env });
+const fakeOrt = (): Ort & { env: Env } => ({
+  ...ort,
+  env: { wasm: {}, webgl: {}, webgpu: {}, versions: {} } as unknown as Env,
+});
 
-test("in a browser one thread is used unless the page is isolated, files come from where the app says, and there is no proxy", () => {
+test("a browser uses one thread unless the page is isolated, the app's folder, and no proxy", () => {
   const fake = fakeOrt();
   assert.equal(webEngine(fake, { device: "wasm", threads: 4, wasmPaths: "/ort/" }).device, "cpu");
   assert.deepEqual({ ...fake.env.wasm }, { wasmPaths: "/ort/", numThreads: 1, proxy: false });
@@ -69,7 +84,11 @@ test("in a browser one thread is used unless the page is isolated, files come fr
 });
 
 const navigator = Object.getOwnPropertyDescriptor(globalThis, "navigator");
-after(() => (navigator ? Object.defineProperty(globalThis, "navigator", navigator) : Reflect.deleteProperty(globalThis, "navigator")));
+after(() =>
+  navigator
+    ? Object.defineProperty(globalThis, "navigator", navigator)
+    : Reflect.deleteProperty(globalThis, "navigator"),
+);
 
 test("why there is no WebGPU is said", async () => {
   const set = (value: object): unknown => Object.defineProperty(globalThis, "navigator", { value, configurable: true });
@@ -94,12 +113,18 @@ test("every half survives a round trip, and singles go to the nearest one, ties 
     const quarter = (low + middle) / 2;
     assert.deepEqual([...toHalf(new Float32Array([middle, quarter, -middle]))], [i + (i & 1), i, 0x8000 + i + (i & 1)]);
   }
-  assert.deepEqual([...toHalf(new Float32Array([65519, 65520, 1e9, -Infinity, 2 ** -26]))], [0x7bff, 0x7c00, 0x7c00, 0xfc00, 0]);
+  assert.deepEqual(
+    [...toHalf(new Float32Array([65519, 65520, 1e9, -Infinity, 2 ** -26]))],
+    [0x7bff, 0x7c00, 0x7c00, 0xfc00, 0],
+  );
 });
 
 test("whole numbers are cut towards zero, as numpy does, and types no network of ours has are refused", () => {
   assert.deepEqual(toTensor("int64", [2], [999.9, -1.5]).data, new BigInt64Array([999n, -1n]));
   assert.deepEqual(toTensor("int32", [2], [999.9, -1.5]).data, new Int32Array([999, -1]));
-  assert.throws(() => toTensor("bfloat16", [1], [1]), /a graph that takes bfloat16; expected float32, float16, int32 or int64/);
+  assert.throws(
+    () => toTensor("bfloat16", [1], [1]),
+    /a graph that takes bfloat16; expected float32, float16, int32 or int64/,
+  );
   assert.throws(() => toFloats({ dtype: "int64", dims: [1], data: new BigInt64Array(1) }), /a graph that gives int64/);
 });

@@ -16,7 +16,11 @@ export const [GRAPH, WITH_DATA] = refused.graphs.map(([data]) => new Uint8Array(
   Uint8Array,
 ];
 
-export const tensor = (name: string, dtype: string, ...shape: (number | string)[]): TensorSpec => ({ name, dtype, shape });
+export const tensor = (name: string, dtype: string, ...shape: (number | string)[]): TensorSpec => ({
+  name,
+  dtype,
+  shape,
+});
 
 export function part(name: string, inputs: TensorSpec[], outputs: TensorSpec[]): PartSpec {
   const rest = { precision: "float32", device: "cpu", executed: "device", quantization: {}, margin: null };
@@ -64,7 +68,16 @@ export function bundleFiles(changes: object = {}, files: Record<string, Uint8Arr
     parts: PARTS,
     classes: null,
     plans: { default: plan() },
-    sample: { height: 32, width: 32, channels: 4, factor: 8, multiple: 8, fixed: false, scaling_factor: 1, shift_factor: 0 },
+    sample: {
+      height: 32,
+      width: 32,
+      channels: 4,
+      factor: 8,
+      multiple: 8,
+      fixed: false,
+      scaling_factor: 1,
+      shift_factor: 0,
+    },
     guidance: { kind: "cfg", scale: 3 },
     tokenizer: { file: "tokenizer/tokenizer.json", max_length: 32, pad_id: 2971 },
     ...changes,
@@ -74,7 +87,9 @@ export function bundleFiles(changes: object = {}, files: Record<string, Uint8Arr
   if (manifest.tokenizer) content.set("tokenizer/tokenizer.json", tokenizer);
   for (const [path, data] of Object.entries(files)) if (data) content.set(path, data);
   const hash = (data: Uint8Array): string => createHash("sha256").update(data).digest("hex");
-  manifest.files = Object.fromEntries([...content].map(([path, data]) => [path, { sha256: hash(data), bytes: data.length }]));
+  manifest.files = Object.fromEntries(
+    [...content].map(([path, data]) => [path, { sha256: hash(data), bytes: data.length }]),
+  );
   content.set("manifest.json", new TextEncoder().encode(JSON.stringify(manifest)));
   for (const [path, data] of Object.entries(files)) if (!data) content.delete(path);
   return {

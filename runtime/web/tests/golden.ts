@@ -49,7 +49,8 @@ export async function difference(one: JsonObject): Promise<number> {
   const { states } = plain({ states: one["states"]! }) as unknown as Case;
   const arrays = given.slice(0, Number(one["given"])).map(flat);
   const fresh = noises.slice(0, Number(one["noises"])).map(flat);
-  if (plan.givens !== arrays.length || plan.noises !== fresh.length) throw new Error("another number of noises or arrays");
+  if (plan.givens !== arrays.length || plan.noises !== fresh.length)
+    throw new Error("another number of noises or arrays");
   const scaled = Math.max(...start.map(Math.abs)) * plan.init[0]![2];
   const peak = Math.max(scaled, ...states.flat().map(Math.abs));
   const steps = runPlan(

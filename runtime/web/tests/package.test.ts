@@ -1,4 +1,4 @@
-/** The package: small, without dependencies, one error class whatever file throws it, and a README whose examples hold. */
+/** The package: small, without dependencies, one error class whatever file throws it, a README whose examples hold. */
 
 import assert from "node:assert/strict";
 import { readFileSync, writeFileSync, mkdirSync } from "node:fs";
@@ -11,7 +11,14 @@ const WEB = fileURLToPath(new URL("../../", import.meta.url));
 
 test("the core is at most 60 kB minified, and imports nothing", async () => {
   const entryPoints = [`${WEB}src/index.ts`];
-  const { outputFiles } = await build({ entryPoints, bundle: true, minify: true, format: "esm", write: false, packages: "external" });
+  const { outputFiles } = await build({
+    entryPoints,
+    bundle: true,
+    minify: true,
+    format: "esm",
+    write: false,
+    packages: "external",
+  });
   const bytes = outputFiles[0]!.contents.length;
   assert.ok(bytes > 10_000 && bytes <= 60_000, `${bytes} bytes`);
   assert.doesNotMatch(outputFiles[0]!.text, /\bimport\s*[{*"']/);
@@ -27,7 +34,10 @@ test("nothing is installed with it but the types of ONNX Runtime", () => {
 test("the files of the package share one error class", async () => {
   const core = (await import(`${WEB}dist/index.js`)) as typeof import("../src/index.js");
   const node = (await import(`${WEB}dist/node.js`)) as typeof import("../src/engines/node.js");
-  const wrong = await node.folderFiles("/nowhere").read("manifest.json").catch((error: unknown) => error);
+  const wrong = await node
+    .folderFiles("/nowhere")
+    .read("manifest.json")
+    .catch((error: unknown) => error);
   assert.ok(wrong instanceof core.FewstepError);
 });
 
@@ -57,6 +67,9 @@ test("the examples of the README compile", () => {
       include: ["*.ts"],
     }),
   );
-  writeFileSync(`${folder}/react-native-fs.d.ts`, "export function readFile(path: string, encoding: string): Promise<string>;\nexport const DocumentDirectoryPath: string;\n");
+  writeFileSync(
+    `${folder}/react-native-fs.d.ts`,
+    "export function readFile(path: string, how: string): Promise<string>;\nexport const DocumentDirectoryPath: string;\n",
+  );
   execFileSync(`${WEB}node_modules/.bin/tsc`, ["-p", folder], { encoding: "utf-8" });
 });

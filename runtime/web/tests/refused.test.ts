@@ -98,9 +98,16 @@ test("graphs are refused as Python does, in the same words", () => {
 test("a graph cut short anywhere is refused", () => {
   const whole = decode(refused.graphs[0]![0]);
   for (let size = 0; size < whole.length; size++)
-    assert.notEqual(verdict(() => checkGraph("model.onnx", whole.subarray(0, size), new Map())), null, `${size} bytes`);
+    assert.notEqual(
+      verdict(() => checkGraph("model.onnx", whole.subarray(0, size), new Map())),
+      null,
+      `${size} bytes`,
+    );
 });
 
 test("more than 16 MB of JSON are refused unread", () => {
-  assert.throws(() => parseJson(new Uint8Array(16 * 1024 * 1024 + 1), "x.json"), /16,777,217 bytes of JSON; expected at most/);
+  assert.throws(
+    () => parseJson(new Uint8Array(16 * 1024 * 1024 + 1), "x.json"),
+    /16,777,217 bytes of JSON; expected at most/,
+  );
 });

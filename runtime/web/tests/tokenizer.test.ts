@@ -7,7 +7,10 @@ import { type Json, type JsonObject, openTokenizer, parseJson } from "../src/ind
 import { plain } from "../src/strictjson.js";
 
 const ROOT = new URL("../../../../", import.meta.url);
-const fixture = parseJson(readFileSync(new URL("runtime/web/tests/fixtures/tokens.json", ROOT)), "tokens.json") as JsonObject;
+const fixture = parseJson(
+  readFileSync(new URL("runtime/web/tests/fixtures/tokens.json", ROOT)),
+  "tokens.json",
+) as JsonObject;
 const spec = { file: "tokenizer/tokenizer.json", max_length: Number(fixture["max_length"]) };
 
 interface Case {

@@ -49,7 +49,8 @@ export function folderFiles(folder: string): Files {
       const flags = constants.O_RDONLY | (constants.O_NOFOLLOW ?? 0) | (constants.O_NONBLOCK ?? 0);
       let file;
       try {
-        if ((await lstat(full)).isSymbolicLink()) bad(`${path} is a symbolic link`, "a plain file", "put the file itself there");
+        if ((await lstat(full)).isSymbolicLink())
+          bad(`${path} is a symbolic link`, "a plain file", "put the file itself there");
         file = await open(full, flags);
       } catch (error) {
         if (error instanceof FewstepError) throw error;

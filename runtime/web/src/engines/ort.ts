@@ -42,7 +42,10 @@ export function ortEngine(
     return {
       run: async (feeds, outputs) => {
         try {
-          const tensors = Object.entries(feeds).map(([key, t]) => [key, new ort.Tensor(t.dtype as "float32", t.data as Float32Array, t.dims)]);
+          const tensors = Object.entries(feeds).map(([key, t]) => [
+            key,
+            new ort.Tensor(t.dtype as "float32", t.data as Float32Array, t.dims),
+          ]);
           const found = await session.run(Object.fromEntries(tensors), outputs ?? session.outputNames);
           return Object.fromEntries(Object.entries(found).map(([key, value]) => [key, named(value)]));
         } catch (error) {
@@ -67,12 +70,18 @@ export function engineError(error: unknown, what: string, device: "cpu" | "gpu")
   if (error instanceof FewstepError) return error;
   const message = (error instanceof Error ? error.message : String(error)).split("\n")[0]!.slice(0, 300);
   const found = `${what} (${message})`;
-  const full = /bad_alloc|out of memory|OOM|allocat|memory access out of bounds|could not be cloned|device (was |is )?lost/i;
+  const full =
+    /bad_alloc|out of memory|OOM|allocat|memory access out of bounds|could not be cloned|device (was |is )?lost/i;
   if (error instanceof RangeError || full.test(message)) {
-    const fix = "close other tabs and apps, load with { lowMemory: true }, or export a smaller bundle (--quantize w8a8)";
+    const fix =
+      "close other tabs and apps, load with { lowMemory: true }, or export a smaller bundle (--quantize w8a8)";
     return new FewstepError("memory", `not enough memory: ${found}`, "", fix);
   }
-  if (/not implemented|NOT_IMPLEMENTED|not a registered|cannot resolve operator|No Op registered|not supported/i.test(message)) {
+  if (
+    /not implemented|NOT_IMPLEMENTED|not a registered|cannot resolve operator|No Op registered|not supported/i.test(
+      message,
+    )
+  ) {
     const target = device === "gpu" ? "web-webgpu, or use the CPU" : "web-wasm, or update onnxruntime";
     return new FewstepError("engine", found, "operators this engine has", `export the bundle for ${target}`);
   }

@@ -1,4 +1,4 @@
-/** ONNX Runtime in iOS and Android apps through onnxruntime-react-native. Typed against its interface, not executed here. */
+/** ONNX Runtime in iOS and Android apps: onnxruntime-react-native. Typed against its interface, never executed. */
 
 import type { Files } from "../bundle.js";
 import type { Engine } from "../engine.js";
@@ -17,7 +17,7 @@ export function reactNativeEngine(ort: Ort, { providers = ["cpu"], threads }: Re
   return ortEngine(ort, "onnxruntime-react-native", "cpu", options);
 }
 
-/** The files of a bundle in the app's storage: `readBase64` is the file reader of react-native-fs or expo-file-system. */
+/** The files of a bundle in the app's storage: `readBase64` is react-native-fs' or expo-file-system's reader. */
 export function nativeFiles(folder: string, readBase64: (path: string) => Promise<string>): Files {
   return {
     read: async (path, progress) => {
