@@ -168,6 +168,7 @@ async function draw(): Promise<void> {
   const own = (drawing = new AbortController());
   retry = () => void attempt(draw);
   hideAlert();
+  if (page.dice.ariaPressed === "true" && shown) page.seed.value = `${anySeed()}`; // the first picture has the seed that is there
   const text = page.promptField.hidden ? undefined : page.prompt.value.trim();
   const label = page.classField.hidden ? undefined : Number(page.class.value);
   const plan = page.choices.querySelector<HTMLInputElement>("input:checked")?.value ?? "default";
@@ -198,7 +199,6 @@ async function draw(): Promise<void> {
       page.timing.textContent = `Step ${next.value.index + 1} of ${steps}`;
       if (next.value.image) put(next.value.image);
     }
-    if (page.dice.ariaPressed === "true") page.seed.value = `${anySeed()}`; // of the next picture
   } catch (error) {
     if (!(error instanceof FewstepError && error.kind === "cancelled")) throw error;
     if (shown) show(shown);
@@ -232,7 +232,7 @@ function show(made: Made): void {
   const step = timings.stepMs.reduce((sum, ms) => sum + ms, 0) / timings.stepMs.length;
   const total = timings.textMs + timings.decodeMs + step * timings.stepMs.length;
   const count = timings.stepMs.length === 1 ? "1 step" : `${timings.stepMs.length} steps of ${milliseconds(step)}`;
-  page.timing.textContent = `${milliseconds(total)}: ${count}, text ${milliseconds(timings.textMs)}, picture ${milliseconds(timings.decodeMs)}`;
+  page.timing.textContent = `${milliseconds(total)}: ${count}, text ${milliseconds(timings.textMs)}, decoding ${milliseconds(timings.decodeMs)}`;
   say(`Picture ready: ${what}, seed ${ask.seed}, ${milliseconds(total)}.`);
   for (const [button, one] of buttons) button.ariaCurrent = `${one === made}`;
 }
@@ -252,6 +252,7 @@ function remember(made: Made): void {
     if (drawing) return;
     if (made.ask.prompt !== undefined) page.prompt.value = made.ask.prompt;
     page.seed.value = `${made.ask.seed}`;
+    page.dice.ariaPressed = "false"; // to draw this one again in other steps
     show(made);
   });
   buttons.set(button, made);
@@ -273,7 +274,9 @@ function seedOf(text: string): number | bigint {
   return Number.isSafeInteger(Number(digits)) ? Number(digits) : BigInt(digits);
 }
 
-const anySeed = (): number => crypto.getRandomValues(new Uint32Array(1))[0]!;
+const SEEDS = 1e6; // short enough to read out to somebody
+
+const anySeed = (): number => crypto.getRandomValues(new Uint32Array(1))[0]! % SEEDS;
 
 const stop = (): void => drawing?.abort();
 
@@ -315,7 +318,6 @@ page.load.addEventListener("click", () => void attempt(load));
 page.again.addEventListener("click", () => retry());
 page.dice.addEventListener("click", () => {
   page.dice.ariaPressed = `${page.dice.ariaPressed !== "true"}`;
-  if (page.dice.ariaPressed === "true") page.seed.value = `${anySeed()}`;
 });
 page.seed.addEventListener("input", () => (page.dice.ariaPressed = "false"));
 page.save.addEventListener("click", () => void attempt(async () => shown && save(shown)));

@@ -45,7 +45,7 @@ withSite("the first picture comes by itself, with its progress and times", ["int
   assert.ok(seen.some((text) => /^[\d.]+ MB of [\d.]+ MB$/.test(text)), seen.join("; "));
   assert.ok(seen.includes("Preparing unet"), seen.join("; "));
   assert.ok(seen.some((text) => /^Step [12] of 2$/.test(text)), seen.join("; "));
-  assert.match((await page.locator("#timing").textContent())!, /^[\d.]+ m?s: 2 steps of [\d.]+ m?s, text [\d.]+ m?s, picture [\d.]+ m?s$/);
+  assert.match((await page.locator("#timing").textContent())!, /^[\d.]+ m?s: 2 steps of [\d.]+ m?s, text [\d.]+ m?s, decoding [\d.]+ m?s$/);
   assert.equal(await page.locator(".steps i.done").count(), 2);
   assert.equal(await page.locator("#picture").getAttribute("aria-label"), "a rooster on a blue background, seed 0");
   assert.match((await page.locator("#status").textContent())!, /^Picture ready: a rooster/);
