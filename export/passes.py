@@ -26,6 +26,7 @@ from ..prune.sparsify import Sparsify
 from ..prune.upsampling import SplitUpsampling
 from ..prune.widths import CutWidths
 from ..quant.quantize import Quantize
+from ..quant.scheme import parse_scheme
 from ..runtime.errors import BadInput
 from ..runtime.progress import Progress, within
 from ..targets import Target, read_table
@@ -59,8 +60,12 @@ PASSES: Mapping[str, type[Pass]] = {
 """Name in a recipe -> the pass: a dataclass whose fields a table of that name sets. In the order they are run best."""
 
 
+BYTES_ALONE = ("litert",)
+"""Engines whose kernels take weights and inputs of 8 bits and no fewer."""
+
+
 def configured(target: Target) -> list[tuple[str, Pass]]:
-    """The passes of the target's recipe with their fields. Raises BadInput."""
+    """The passes of the target's recipe with their fields. Raises BadInput, also for bits its engine cannot take."""
     found = []
     for name in target.recipe.passes:
         if name not in PASSES:
@@ -69,10 +74,22 @@ def configured(target: Target) -> list[tuple[str, Pass]]:
                 expected=" or ".join(PASSES),
                 fix="take it out of [recipe] passes",
             )
-        found.append(
-            (name, read_table(PASSES[name], target.recipe.options.get(name, {}), "the recipe", name))
-        )
+        each = read_table(PASSES[name], target.recipe.options.get(name, {}), "the recipe", name)
+        if isinstance(each, Quantize) and target.backend.engine in BYTES_ALONE:
+            _check_bytes(each, target)
+        found.append((name, each))
     return found
+
+
+def _check_bytes(each: Quantize, target: Target) -> None:
+    for text in (each.scheme, each.decoder, each.text):
+        scheme = parse_scheme(text or "w8")
+        if scheme.weights != 8 or scheme.inputs not in (None, 8):
+            raise BadInput(
+                f"scheme {text!r} on {target.id}",
+                expected=f"w8a8 or w8: {target.backend.engine}'s kernels take weights and inputs of 8 bits",
+                fix="--quantize w8a8, or another target (fewstep targets)",
+            )
 
 
 def run_passes(

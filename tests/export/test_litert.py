@@ -250,6 +250,12 @@ def test_a_network_the_converter_cannot_read_is_refused_with_its_reason(tmp_path
         lowered(part, tmp_path)
 
 
+@pytest.mark.parametrize("scheme", ["w4a8", "w3.5", "w8a16"])
+def test_a_scheme_without_kernels_is_refused_before_the_model_is_read(scheme, tmp_path):
+    with pytest.raises(BadInput, match=f"scheme '{scheme}' on android-cpu.*w8a8 or w8"):
+        list(export_bundle(tmp_path / "nothing", "android-cpu", tmp_path / "b", quantize=scheme))
+
+
 def test_options_are_refused_by_name():
     target = replace(TARGET, backend=dataclasses.replace(TARGET.backend, options={"fast": True}))
     with pytest.raises(BadInput, match="fast"):
