@@ -49,6 +49,7 @@ def halve(model: ir.Model) -> None:
     graph = model.graph
     exact, types = _exact(graph), dict[ir.Value, ir.DataType]()
     twins: dict[ir.Value, ir.Value] = {}
+    wanted = [output.dtype for output in graph.outputs]
     writer = Writer(graph, "h")
     for value in (*graph.inputs, *graph.initializers.values()):
         held = value.const_value if value.is_initializer() else value
@@ -73,9 +74,11 @@ def halve(model: ir.Model) -> None:
             _retype(node)
         for place, output in enumerate(node.outputs):
             types[output] = _type_of(node, place, types)
+            if output.type is not None:
+                output.type = ir.TensorType(types[output])
     writer.before = None
-    for place, output in enumerate(graph.outputs):
-        if types[output] == HALF and output.dtype == FLOAT:
+    for place, (output, dtype) in enumerate(zip(graph.outputs, wanted, strict=True)):
+        if types[output] == HALF and dtype == FLOAT:
             graph.outputs[place] = _whole(writer, output)
 
 

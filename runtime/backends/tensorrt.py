@@ -222,12 +222,25 @@ def build_engine(path: Path, capability: str | None = None, notes: list[str] | N
     if free:
         names = ", ".join(f"{tensor.name} {tuple(tensor.shape)}" for tensor in free)
         raise _refused(path, f"free sizes: {names}; engines here are of one size")
+    _let_attention_decompose(network)
     engine = builder.build_serialized_network(network, config)
     if notes is not None:
         notes += log.warnings
     if engine is None:
         raise _refused(path, log.reason())
     return bytes(engine)
+
+
+def _let_attention_decompose(network: Any) -> None:
+    """Where the library has no fused kernel for an attention, it may compute it step by step instead of giving up."""
+    begins = getattr(
+        trt.LayerType, "ATTENTION_INPUT", None
+    )  # none before TensorRT had an attention of its own
+    for number in range(network.num_layers):
+        layer = network.get_layer(number)
+        if begins is not None and layer.type == begins:
+            layer.__class__ = trt.IAttentionInputLayer  # how its Python interface is told what a layer is
+            layer.attention.decomposable = True
 
 
 class _Log(trt.ILogger):  # type: ignore[misc]
