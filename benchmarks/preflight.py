@@ -44,9 +44,23 @@ from fewstep.tools.profile import fit, fit_memory
 ROOT = Path(__file__).parents[1]
 CALL = Path(__file__).with_name("preflight_call.py")
 WASM = Path(__file__).with_name("preflight_wasm.mjs")
-SECONDS = 0.5
+SECONDS = 0.3
 """Of calls of one graph: the quickest quarter of them is undisturbed even beside other programs."""
 PICTURES = 6
+STEPS = 4
+"""Of a picture: the time of a call is what is foreseen."""
+QUICK = """
+[quantize]
+rounding = "nearest"
+smooth = false
+samples = 1
+
+[quality.int8]
+part_relative_error = 1.0
+part_snr_db = 0.0
+pipeline_psnr_db = 0.0
+"""
+"""Integers of whatever quality: their number and their kernels are those of any others."""
 DENOISERS = ("unet", "transformer")
 
 
@@ -226,18 +240,10 @@ def bundle(model: str, kind: Kind, work: Path) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
         recipe = out.parent / "recipe.toml"
         passes = '["quantize"]' if kind.integers else "[]"
-        recipe.write_text(f'precision = "{kind.precision}"\nweights = "{kind.weights}"\npasses = {passes}\n')
-        words = [
-            "export",
-            ROOT / "models" / model,
-            "--target",
-            kind.target,
-            "--recipe",
-            recipe,
-            "--no-speed",
-            "-o",
-            out,
-        ]
+        text = f'precision = "{kind.precision}"\nweights = "{kind.weights}"\npasses = {passes}\n'
+        recipe.write_text(text + (QUICK if kind.integers else ""))
+        words = ["export", ROOT / "models" / model, "--target", kind.target, "--recipe", recipe]
+        words += ["--steps", STEPS, "--no-speed", "-o", out]
         command = [sys.executable, "-m", "fewstep.tools.cli", *words]
         subprocess.run(
             [str(word) for word in command], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -249,7 +255,7 @@ def compared(model: str, label: str, profile: Profile, work: Path) -> dict[str, 
     """One bundle: foreseen and measured."""
     kind = KINDS[label]
     target = kind.at(replace(profile, cores=1))
-    drawn, plan = planned(sketched(ROOT / "models" / model), target)
+    drawn, plan = planned(sketched(ROOT / "models" / model), target, steps=STEPS)
     foreseen = foresee(drawn, plan, target)
     assert foreseen is not None
     path, found = bundle(model, kind, work), foreseen.forecast
@@ -375,7 +381,9 @@ def main() -> None:
     )
     parser.add_argument("--only", action="append", default=[], help="kinds whose name contains this")
     parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--keep-rates", action="store_true", help="take the rates of results/preflight.json")
+    parser.add_argument(
+        "--keep-rates", action="store_true", help="take the rates that results/preflight.json has"
+    )
     parser.add_argument("--no-wasm", action="store_true")
     args = parser.parse_args()
     file = RESULTS / "preflight.json"
@@ -388,7 +396,7 @@ def main() -> None:
             if (args.only and not any(part in label for part in args.only)) or (kind.wasm and args.no_wasm):
                 continue
             began = time.perf_counter()
-            if args.keep_rates:
+            if args.keep_rates and label in results.get("rates", {}):
                 kept = results["rates"][label]
                 own = kind.at().profile
                 profile = replace(own, base_mib=kept["base_mib"], rates={kind.table: Rates(**kept["rates"])})
@@ -404,7 +412,7 @@ def main() -> None:
             if big is not None:
                 found["SD-1.5, 4 steps"] = big
             print(f"{label}: {time.perf_counter() - began:.0f} s", flush=True)
-        save("preflight", results)
+            save("preflight", results)
     print("\n".join(table(results)))
 
 

@@ -19,6 +19,7 @@ DECODERS = {
     "decoder 24": ((24, 48, 96), 16),
     "decoder 64": ((64, 128, 128), 24),
     "decoder 128": ((96, 128, 256, 256), 24),
+    "decoder 192": ((96, 192, 192), 64),
 }
 TRANSFORMERS = {
     # name -> heads, width of one, layers, side of the latent

@@ -168,7 +168,9 @@ def demand_of(
     keep    patterns of layers left in floating point, as the pass has them
     """
     profile = target.profile
-    computed, stored = WIDTH[target.recipe.precision], WIDTH[target.recipe.weights]
+    computed, stored = WIDTH[target.recipe.precision], float(WIDTH[target.recipe.weights])
+    if scheme is None and profile.stored_bits:
+        stored = profile.stored_bits / 8
     integers = scheme is not None and scheme.inputs is not None
     high = _protected(work)
     amounts = dict.fromkeys(("convolution", "linear", "gathered", "spilled", "weights"), 0.0)

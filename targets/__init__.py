@@ -11,7 +11,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..runtime.backends import ENGINES
 from ..runtime.errors import BadInput
-from .profile import Profile, Rates
+from .profile import Profile as Profile
+from .profile import Rates as Rates
 
 __all__ = [
     *("Backend", "Device", "Limits", "Profile", "Quality", "Rates", "Recipe", "Target"),
@@ -116,8 +117,8 @@ class Target:
     def with_recipe(self, file: Path) -> Target:
         """This target with what another TOML file says put over its own. Raises BadInput.
 
-        Its keys are [recipe]'s, in that table or alone; [quality.NAME] sets floors; every other table holds the fields
-        of the pass it is named after.
+        Its keys are [recipe]'s, in that table or alone; [quality.NAME] sets floors, [backend.options] what the engine's
+        lowering knows; every other table holds the fields of the pass it is named after.
         """
         found = _read(file)
         tables = {name: value for name, value in found.items() if isinstance(value, Mapping)}
@@ -127,6 +128,10 @@ class Target:
         for name, floors in tables.pop("quality", {}).items():
             quality[name] = read_table(Quality, floors, file, f"quality.{name}", over=quality.get(name))
         recipe = read_table(Recipe, keys, file, "recipe", over=self.recipe)
+        backend, given = self.backend, tables.pop("backend", {})
+        if given:
+            options = {**backend.options, **given.get("options", {})}
+            backend = replace(read_table(Backend, given, file, "backend", over=backend), options=options)
         for name in tables:
             if name not in recipe.passes:
                 raise BadInput(
@@ -134,7 +139,8 @@ class Target:
                     expected=f"[recipe], [quality.NAME] or one of passes = {list(recipe.passes)}",
                     fix=f'write passes = ["{name}"] if that was meant',
                 )
-        target = replace(self, recipe=replace(recipe, options={**recipe.options, **tables}), quality=quality)
+        recipe = replace(recipe, options={**recipe.options, **tables})
+        target = replace(self, backend=backend, recipe=recipe, quality=quality)
         _check(target, file)
         return target
 

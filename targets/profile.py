@@ -100,8 +100,10 @@ class Rates:
 
     def seconds(self) -> tuple[float, ...]:
         """By CLASSES: of one operation, byte, kernel or call."""
-        rates = (self.convolution_gops, self.linear_gops, self.attention_gops)
-        rates += (self.moved_gb_s, self.gathered_gb_s, self.spilled_gb_s, self.weights_gb_s)
+        rates = (
+            *(self.convolution_gops, self.linear_gops, self.attention_gops),
+            *(self.moved_gb_s, self.gathered_gb_s, self.spilled_gb_s, self.weights_gb_s),
+        )
         return (
             *(1e-9 / rate if rate else 0.0 for rate in rates),
             self.operator_us * 1e-6,
@@ -137,6 +139,9 @@ class Profile:
     """The last cache of a processor: gathers of more are slow."""
     unpacks: bool = False
     """Whether weights that alone are integers lie in memory as floats."""
+    stored_bits: float = 0.0
+    """Of every weight on disk and in memory, where the format compresses them whatever the recipe says; 0: it does
+    not."""
     schemes: tuple[str, ...] = ("w8a8", "w4a8")
     """Quantizations to try where a model does not fit, the better picture first."""
     rates: Mapping[str, Rates] = field(default_factory=dict)
@@ -166,9 +171,5 @@ class Profile:
 
     def memory(self, demand: Demand, precision: str) -> float:
         """Bytes that a part takes once it has run."""
-        rates = self.of(precision)
-        return (
-            rates.held * demand.held
-            + rates.alive * demand.alive
-            + rates.operator_kib * 1024 * demand.operators
-        )
+        each = zip(demand.sizes(), self.of(precision).bytes(), strict=True)
+        return sum(amount * size for amount, size in each)

@@ -32,8 +32,9 @@ from ..runtime.errors import BadInput
 from ..runtime.files import atomic_write, output_errors
 from ..runtime.plan import Plan
 from .console import Answer, add_threads, human_bytes, human_rate, human_seconds, positive, table, watch
-from .host import fingerprint
-from .measure import Job, Samples, measure
+from .host import fingerprint, usable_cores
+from .measure import STAGES, Job, Samples, measure
+from .profile import Measured, host_profile, write_profile
 from .report import render
 from .stats import compare, summary
 
@@ -67,6 +68,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", metavar="DIR", type=Path, help="where report.html and report.json go"
     )
+    parser.add_argument(
+        "--profile",
+        metavar="FILE",
+        type=Path,
+        help="write this host's rates as TOML, for fewstep export --dry-run --profile FILE",
+    )
 
 
 def call(args: argparse.Namespace) -> Answer:
@@ -87,6 +94,7 @@ def call(args: argparse.Namespace) -> Answer:
         runs=args.runs,
         cold_runs=args.cold_runs,
         threads=args.threads,
+        profile=args.profile,
         command=["fewstep", *sys.argv[1:]],
     )
 
@@ -103,9 +111,19 @@ def bench(
     runs: int = 12,
     cold_runs: int = 6,
     threads: int | None = None,
+    profile: Path | None = None,
     command: Sequence[str] = (),
 ) -> Answer:
-    """Measure `paths` and, in the same rounds, `baseline`; the report goes into `output` where given."""
+    """Measure `paths` and, in the same rounds, `baseline`; the report goes into `output` where given.
+
+    profile  where this host's rates go, found from the bundles' own plans
+    """
+    if profile is not None and (steps or sampler or times):
+        raise BadInput(
+            "--profile with --steps, --sampler or --times",
+            expected="the bundles' own plans, whose calls they count",
+            fix="leave them out, or measure twice",
+        )
     labelled = label_paths([*paths, *([baseline] if baseline else [])])
     bundles = {label: Bundle.open(path, check="size") for label, path in labelled.items()}
     if output is not None:
@@ -142,7 +160,26 @@ def bench(
         atomic_write(output / "report.html", page.encode())
         text += f"\nreport: {output / 'report.html'}"
         report = {**report, "report": str(output / "report.html")}
+    if profile is not None:
+        measured = [
+            Measured(bundles[label].manifest, _stages(seen), max(seen.peak_rss_bytes, default=None))
+            for label, seen in samples.items()
+        ]
+        found = host_profile(measured, threads or usable_cores())
+        about = [
+            f"Measured on {host['cpu']}, {host['os']}, {report['created']}",
+            f"by {' '.join(report['command'])}",
+        ]
+        with output_errors(profile):
+            write_profile(found, profile, about)
+        report = {**report, "profile": str(profile)}
+        text += f"\nprofile: {profile}"
     return Answer(report, text)
+
+
+def _stages(samples: Samples) -> dict[str, float]:
+    """Medians over warm pictures."""
+    return {name: summary(samples.warm[name])["p50"] for name in STAGES if samples.warm.get(name)}
 
 
 def label_paths(paths: Sequence[Path]) -> dict[str, Path]:

@@ -174,19 +174,16 @@ def foreseen(event: Any) -> tuple[dict[str, Any], str]:
         main = sorted(part.shares.items(), key=lambda item: -item[1])[:2]
         time = human_seconds(part.call_s) if found.timed else ""
         shares = ", ".join(f"{kind} {share:.0%}" for kind, share in main)
-        sizes = human_bytes(part.size_bytes), human_bytes(part.memory_bytes)
-        rows.append((name, part.precision, *sizes, time, part.calls, shares))
+        size, memory = human_bytes(part.size_bytes), human_bytes(part.memory_bytes)
+        rows.append((name, part.precision, size, memory, time, part.calls, shares))
     lines = [table(rows, ("part", "computed in", "on disk", "in memory", "a call", "calls", "mostly")), ""]
     others = {name: other.to_json() for name, other in event.others.items()}
     for name, other in {"as asked": found, **event.others}.items():
         time = f", a picture in {human_seconds(other.picture_s)}" if other.timed else ""
         label = name if other is found else f"--quantize {name}"
-        sizes = (
-            human_bytes(other.size_bytes),
-            human_bytes(other.memory_bytes),
-            human_bytes(other.low_memory_bytes),
-        )
-        lines.append(f"{label}: {sizes[0]} on disk, {sizes[1]} in memory ({sizes[2]} a part at a time){time}")
+        size, memory = human_bytes(other.size_bytes), human_bytes(other.memory_bytes)
+        least = human_bytes(other.low_memory_bytes)
+        lines.append(f"{label}: {size} on disk, {memory} in memory ({least} a part at a time){time}")
     if found.not_counted:
         lines.append(f"not counted: what {', '.join(found.not_counted)} will change")
     if not found.timed:
