@@ -1,11 +1,11 @@
 // What a visitor of the web app waits for and downloads, in Chromium on this machine.
 //
-//     node benchmarks/web_browser.mjs BUNDLE... > benchmarks/results/web_browser.json
+//     chrt -r 1 node benchmarks/web_browser.mjs BUNDLE... > benchmarks/results/web_browser.json
 //
-// after `make web`; the bundles of the published figures are `fewstep export models/emoji-64 --target web-wasm` and
-// `models/emoji-64-fast`, and the first one's float32 twin (--recipe with passes = [] and float32) to compare with.
-// Each is served by `fewstep serve`. Times are of contended machines: the least and the median of several.
-import { spawn } from "node:child_process";
+// after `make web`. The bundles of the published figures: `fewstep export models/emoji-64 --target web-wasm`, the same of
+// `models/emoji-64-fast`, and `models/emoji-64 --target laptop-cpu`, which is float32, to compare a step with. Each is
+// served by `fewstep serve`. chrt gives the browser a core of its own where other jobs run (it needs root).
+import { execFileSync, spawn } from "node:child_process";
 import { once } from "node:events";
 import { readFileSync, readdirSync } from "node:fs";
 import { createRequire } from "node:module";
@@ -56,7 +56,7 @@ for (const bundle of process.argv.slice(2)) {
 }
 
 const { model } = cpus()[0];
-const host = { cpu: model.trim(), cores: cpus().length, memory_gib: Math.round(totalmem() / 2 ** 30), kernel: release(), load: loadavg().map(round) };
+const host = { cpu: model.trim(), cores: cpus().length, memory_gib: Math.round(totalmem() / 2 ** 30), kernel: release(), load: loadavg().map(round), scheduling: execFileSync("chrt", ["-p", `${process.pid}`], { encoding: "utf8" }).split("\n")[0].split(": ").at(-1) };
 console.log(JSON.stringify({ host, visits: VISITS, brotli_quality: QUALITY, runtime: { app: sizes(shell), onnxruntime_web: sizes(engine) }, bundles: results }, null, 2));
 
 async function measure(bundle, address) {
@@ -66,8 +66,15 @@ async function measure(bundle, address) {
   const download = sizes(["manifest.json", ...fetched].map((path) => join(bundle, path)));
   const browser = await chromium.launch({ executablePath: CHROMIUM, args: FLAGS });
   const version = browser.version();
+  const system = await browser.newBrowserCDPSession();
+  /** Seconds of processor time of the pages so far, all their threads together: what contention does not change much. */
+  const spent = async () => {
+    const { processInfo } = await system.send("SystemInfo.getProcessInfo");
+    return processInfo.filter(({ type }) => type === "renderer").reduce((sum, { cpuTime }) => sum + cpuTime, 0);
+  };
   const first = [];
   const second = [];
+  const work = [];
   for (let visit = 0; visit < VISITS; visit++) {
     const context = await browser.newContext({ viewport: { width: 412, height: 839 } });
     const page = await context.newPage();
@@ -82,8 +89,10 @@ async function measure(bundle, address) {
       await page.waitForFunction(() => globalThis.firstPicture !== undefined, undefined, { timeout: 120_000 });
       return page.evaluate(() => globalThis.firstPicture);
     };
+    const before = await spent();
     await page.goto(address);
     first.push(await shown());
+    work.push((await spent()) - before);
     await page.waitForSelector("body[data-offline=ready]", { timeout: 120_000 });
     await page.reload();
     second.push(await shown());
@@ -112,6 +121,7 @@ async function measure(bundle, address) {
     threads: opened.threads,
     download,
     first_visit_to_picture_ms: spread(first),
+    first_visit_to_picture_cpu_s: spread(work),
     later_visit_to_picture_ms: spread(second),
     open_ms: round(opened.openMs),
     picture_ms: spread(timings.map(({ totalMs }) => totalMs)),
