@@ -2,17 +2,14 @@
 
 import { type Model, type Opened, connect } from "../src/browser/client.js";
 import { FewstepError } from "../src/errors.js";
-import type { Image } from "../src/pipeline.js";
 import { type Choice, megabytes, readCatalog } from "./catalog.js";
+import { openHistory, put } from "./history.js";
 import { ideasFor } from "./ideas.js";
 import { install, keepEngine, uses } from "./offline.js";
 import { arc, page, say } from "./page.js";
-import { paint } from "./png.js";
 import { type Made, save, share, shareable } from "./save.js";
 import { milliseconds, showSteps } from "./steps.js";
 
-const COARSE = 128; // pixels: smaller pictures look better as squares than smoothed
-const KEPT = 24; // pictures in the row below
 const DEAR = 100e6; // bytes: more is loaded only when asked for
 
 const client = connect(() => new Worker("worker.js", { type: "module" }));
@@ -23,6 +20,13 @@ let drawing: AbortController | undefined;
 let loading: AbortController | undefined;
 let shown: Made | undefined;
 let retry: () => void = () => undefined;
+const pictures = openHistory(page.history, (made) => {
+  if (drawing) return;
+  if (made.ask.prompt !== undefined) page.prompt.value = made.ask.prompt;
+  page.seed.value = `${made.ask.seed}`;
+  page.dice.ariaPressed = "false"; // to draw this one again in other steps
+  show(made);
+});
 
 async function start(): Promise<void> {
   void install(() => say("A newer version of this app is here; reload to use it."));
@@ -197,7 +201,7 @@ async function draw(): Promise<void> {
       times.push(next.value.ms);
       showSteps(page.steps, steps, times);
       page.timing.textContent = `Step ${next.value.index + 1} of ${steps}`;
-      if (next.value.image) put(next.value.image);
+      if (next.value.image) put(page.picture, next.value.image);
     }
   } catch (error) {
     if (!(error instanceof FewstepError && error.kind === "cancelled")) throw error;
@@ -212,17 +216,12 @@ async function draw(): Promise<void> {
   }
 }
 
-function put(image: Image): void {
-  paint(page.picture, image);
-  page.picture.classList.toggle("coarse", Math.max(image.width, image.height) <= COARSE);
-}
-
 /** A finished picture, with what it took, also from the row below. */
 function show(made: Made): void {
   const { image, timings, ask } = made;
-  if (shown !== made && !remembered.has(made)) remember(made);
+  pictures.add(made);
   shown = made;
-  put(image);
+  put(page.picture, image);
   page.frame.dataset["state"] = "done";
   page.actions.hidden = false;
   page.share.hidden = !shareable();
@@ -234,37 +233,7 @@ function show(made: Made): void {
   const count = timings.stepMs.length === 1 ? "1 step" : `${timings.stepMs.length} steps of ${milliseconds(step)}`;
   page.timing.textContent = `${milliseconds(total)}: ${count}, text ${milliseconds(timings.textMs)}, decoding ${milliseconds(timings.decodeMs)}`;
   say(`Picture ready: ${what}, seed ${ask.seed}, ${milliseconds(total)}.`);
-  for (const [button, one] of buttons) button.ariaCurrent = `${one === made}`;
-}
-
-const remembered = new Set<Made>();
-const buttons = new Map<HTMLButtonElement, Made>();
-
-function remember(made: Made): void {
-  remembered.add(made);
-  const [item, button, canvas] = [document.createElement("li"), document.createElement("button"), document.createElement("canvas")];
-  button.type = "button";
-  paint(canvas, made.image);
-  canvas.className = Math.max(made.image.width, made.image.height) <= COARSE ? "coarse" : "";
-  button.ariaLabel = `${made.ask.prompt ?? "picture"}, seed ${made.ask.seed}`;
-  button.append(canvas);
-  button.addEventListener("click", () => {
-    if (drawing) return;
-    if (made.ask.prompt !== undefined) page.prompt.value = made.ask.prompt;
-    page.seed.value = `${made.ask.seed}`;
-    page.dice.ariaPressed = "false"; // to draw this one again in other steps
-    show(made);
-  });
-  buttons.set(button, made);
-  item.append(button);
-  page.history.prepend(item);
-  while (page.history.childElementCount > KEPT) {
-    const last = page.history.lastElementChild!;
-    const old = last.querySelector("button")!;
-    remembered.delete(buttons.get(old)!);
-    buttons.delete(old);
-    last.remove();
-  }
+  pictures.mark(made);
 }
 
 function seedOf(text: string): number | bigint {
