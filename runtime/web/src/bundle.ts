@@ -13,6 +13,8 @@ export interface Files {
   list?(): Promise<string[]>;
   /** The whole file. `progress` is told the bytes read so far. Throws FewstepError of kind "files". */
   read(path: string, progress?: (bytes: number) => void, signal?: AbortSignal): Promise<Uint8Array>;
+  /** SHA-256 as hexadecimal digits, where this can do more than WebCrypto, which takes less than 2 GiB. */
+  sha256?(data: Uint8Array): Promise<string>;
 }
 
 export interface LoadProgress {
@@ -37,6 +39,8 @@ export interface Bundle {
   graph(part: string, options?: BundleOptions): Promise<GraphFiles>;
 }
 
+/** Bytes that WebCrypto does not take any more, nor Chromium's ArrayBuffer. */
+const TOO_LARGE = 2 ** 31;
 const AGAIN = "download or export the bundle again";
 
 /**
@@ -51,12 +55,19 @@ export async function openBundle(files: Files, options: BundleOptions = {}): Pro
   const read = async (path: string, told: BundleOptions, progress: (bytes: number) => void): Promise<Uint8Array> => {
     const spec = manifest.files[path];
     if (!spec) throw new FewstepError("bundle", `${quoted(path)} is not listed in ${NAME}`, "", AGAIN);
+    if (spec.bytes >= TOO_LARGE && !files.sha256)
+      throw new FewstepError(
+        "memory",
+        `${path} has ${count(spec.bytes)} bytes`,
+        `less than ${count(TOO_LARGE)}, which is what a browser holds in one piece`,
+        "export the bundle for web-wasm or web-webgpu, or quantize it (--quantize w8a8)",
+      );
     checkSignal(told.signal, `while loading ${path}`);
     const data = await files.read(path, progress, told.signal);
     checkSignal(told.signal, `while loading ${path}`);
     if (data.length !== spec.bytes)
       throw new FewstepError("bundle", `${path} has ${count(data.length)} bytes`, count(spec.bytes), AGAIN);
-    const hash = told.check === "size" ? spec.sha256 : await sha256(data);
+    const hash = told.check === "size" ? spec.sha256 : await (files.sha256 ?? sha256)(data);
     if (hash !== spec.sha256)
       throw new FewstepError(
         "bundle",

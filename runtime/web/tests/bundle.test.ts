@@ -101,6 +101,22 @@ test("another version and another engine are named", async () => {
   );
 });
 
+test("a file too large for a browser is refused before it is read, and hashed where the platform can", async () => {
+  const manifest = JSON.parse(new TextDecoder().decode(await bundleFiles().read("manifest.json"))) as {
+    files: Record<string, { bytes: number }>;
+  };
+  manifest.files["unet/model.onnx"]!.bytes = 2 ** 31;
+  const files = bundleFiles({}, { "manifest.json": new TextEncoder().encode(JSON.stringify(manifest)) });
+  await assert.rejects(
+    openBundle(files).then((bundle) => bundle.graph("unet")),
+    fails("memory", /unet\/model.onnx has 2,147,483,648 bytes; expected less than 2,147,483,648, .*; fix: export/),
+  );
+  const sha256 = folderFiles("").sha256!;
+  assert.equal(await sha256(new Uint8Array(0)), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+  const bundle = await openBundle({ ...bundleFiles(), sha256 });
+  await bundle.graph("unet");
+});
+
 test("an aborted signal ends the loading", async () => {
   const signal = AbortSignal.abort();
   await assert.rejects(openBundle(bundleFiles(), { signal }), fails("cancelled", /cancelled while opening the bundle/));

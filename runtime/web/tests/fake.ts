@@ -85,12 +85,13 @@ export function bundleFiles(changes: object = {}, files: Record<string, Uint8Arr
   manifest.grid = { ...refused.manifest.grid, dynamic: null, ...("grid" in changes ? (changes.grid as object) : {}) };
   const content = new Map<string, Uint8Array>(Object.values(manifest.parts).map(({ graph }) => [graph, GRAPH]));
   if (manifest.tokenizer) content.set("tokenizer/tokenizer.json", tokenizer);
-  for (const [path, data] of Object.entries(files)) if (data) content.set(path, data);
+  for (const [path, data] of Object.entries(files)) if (data && path !== "manifest.json") content.set(path, data);
   const hash = (data: Uint8Array): string => createHash("sha256").update(data).digest("hex");
   manifest.files = Object.fromEntries(
     [...content].map(([path, data]) => [path, { sha256: hash(data), bytes: data.length }]),
   );
-  content.set("manifest.json", new TextEncoder().encode(JSON.stringify(manifest)));
+  const text = files["manifest.json"] ?? new TextEncoder().encode(JSON.stringify(manifest));
+  content.set("manifest.json", text);
   for (const [path, data] of Object.entries(files)) if (!data) content.delete(path);
   return {
     list: async () => [...content.keys()],

@@ -1,5 +1,6 @@
 /** ONNX Runtime's native library in Node and Electron, and bundles in folders. */
 
+import { createHash } from "node:crypto";
 import { constants } from "node:fs";
 import { lstat, open, readdir } from "node:fs/promises";
 import { join } from "node:path";
@@ -44,6 +45,11 @@ export function folderFiles(folder: string): Files {
   };
   return {
     list: () => walk("", 0),
+    sha256: async (data) => {
+      const hash = createHash("sha256");
+      for (let at = 0; at < data.length; at += BLOCK) hash.update(data.subarray(at, at + BLOCK));
+      return hash.digest("hex");
+    },
     read: async (path, progress, signal) => {
       const full = join(folder, path);
       const flags = constants.O_RDONLY | (constants.O_NOFOLLOW ?? 0) | (constants.O_NONBLOCK ?? 0);
