@@ -7,12 +7,8 @@ chunks they come in: see Options.
 
 from __future__ import annotations
 
-import json
-import shutil
 import tempfile
-import uuid
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +16,20 @@ import numpy as np
 
 from ..model.libraries import torch
 from ..model.model import Part
-from ..runtime.coremlfile import MODEL, WEIGHTS
+from ..runtime.coremlfile import WEIGHTS
 from ..runtime.errors import BadInput, CheckpointError
 from ..runtime.manifest import PartSpec
 from ..targets import Target, read_table
 from . import mil_reference
 from .coreml_chunks import chunked
 from .coreml_layout import swift_layout
+from .coreml_package import write_program
 from .coreml_weights import Compression, compress
 from .formats import Here
 from .mil_reference import coremltools, silent
 from .onnx import Traced, trace
 
-__all__ = ["NAMES", "Options", "convert", "lower", "options_of", "stand_in", "write_package"]
+__all__ = ["NAMES", "Options", "convert", "lower", "options_of", "stand_in"]
 
 NAMES = {
     "text_encoder": "TextEncoder",
@@ -43,10 +40,6 @@ NAMES = {
 }
 """Part -> its package; those of Stable Diffusion are what Apple's ml-stable-diffusion looks for
 (swift/StableDiffusion/pipeline/StableDiffusionPipeline+Resources.swift)."""
-
-SPECIFICATION = 9
-"""Of Core ML in iOS 18 and macOS 15, the first with palettes by groups of channels, 4-bit blocks, several functions in
-a package and attention as one operator."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +131,7 @@ def lower(traced: Traced, folder: Path, target: Target) -> PartSpec:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".") as work:
         whole = Path(work) / f"{name}.mlpackage"
-        write_package(program, whole)
+        write_program(program, whole)
         del program
         packages = _within(whole, options.package_mib, Path(work)) if part.name == "unet" else [whole]
         names = [f"{name}Chunk{number}" for number in (1, 2)] if len(packages) > 1 else [name]
@@ -249,14 +242,22 @@ def convert(traced: Traced, *, half: bool) -> Any:
 
 
 def _decomposed(program: Any) -> Any:
-    """Without operators coremltools does not know because they do nothing."""
-    program = program.run_decompositions({})
-    alias = torch().ops.aten.alias.default
+    """Without operators coremltools does not know because they do nothing, and without one it takes for another."""
+    aten = torch().ops.aten
+    program = program.run_decompositions({aten.gelu.default: _gelu})
     for node in list(program.graph.nodes):
-        if node.op == "call_function" and node.target is alias:
+        if node.op == "call_function" and node.target is aten.alias.default:
             node.replace_all_uses_with(node.args[0])
             program.graph.erase_node(node)
     return program
+
+
+def _gelu(x: Any, *, approximate: str = "none") -> Any:
+    """The approximation by tanh spelt out, which a pass of coremltools puts together again: its reader of exported
+    programs overlooks the keyword and writes the exact function (78 dB for cifar-dit)."""
+    if approximate == "none":
+        return NotImplemented
+    return 0.5 * x * (1 + torch().tanh(0.7978845608028654 * (x + 0.044715 * x.pow(3))))  # sqrt(2 / pi)
 
 
 def _is_angle(op: Any, depth: int = 8) -> bool:
@@ -287,44 +288,3 @@ def _exact_norms(program: Any) -> None:
                 )
             function.replace_uses_of_var_after_op(anchor_op=variance.op, old_var=variance, new_var=exact)
             function.remove_ops([variance.op])
-
-
-def write_package(program: Any, package: Path) -> None:
-    """Write a MIL program as a package, its identifiers made from its content."""
-    ct = coremltools()
-    convert_ = coremltools("coremltools.converters.mil.converter").mil_convert
-    empty = coremltools("coremltools.converters.mil.mil.passes.pass_pipeline").PassPipeline.EMPTY
-    with tempfile.TemporaryDirectory(dir=package.parent, prefix=".") as work, silent():
-        model = convert_(
-            program,
-            "milinternal",
-            "mlprogram",
-            ct.ComputeUnit.CPU_ONLY,
-            pass_pipeline=empty,
-            specification_version=SPECIFICATION,
-            skip_model_load=True,
-            package_dir=str(Path(work) / "model.mlpackage"),
-        )
-        tidy_package(model.get_spec(), Path(model.weights_dir) / "weight.bin", package)
-
-
-def tidy_package(spec: Any, weights: Path, package: Path) -> None:
-    """Write a package of a model's protobuf and its file of weights, which is moved."""
-    spec.description.metadata.Clear()  # the date of conversion
-    data = spec.SerializeToString(deterministic=True)
-    (package / "Data" / WEIGHTS).mkdir(parents=True)
-    (package / "Data" / MODEL).write_bytes(data)
-    shutil.move(weights, package / "Data" / WEIGHTS / "weight.bin")
-    digest = sha256(data).hexdigest()
-    items = {
-        str(uuid.uuid5(uuid.NAMESPACE_OID, f"{digest} {path}")): {
-            "author": "com.apple.CoreML",
-            "description": description,
-            "name": path.rpartition("/")[2],
-            "path": path,
-        }
-        for path, description in ((MODEL, "CoreML Model Specification"), (WEIGHTS, "CoreML Model Weights"))
-    }
-    root = next(name for name, item in items.items() if item["path"] == MODEL)
-    manifest = {"fileFormatVersion": "1.0.0", "itemInfoEntries": items, "rootModelIdentifier": root}
-    (package / "Manifest.json").write_text(json.dumps(manifest, indent=4) + "\n", encoding="utf-8")
