@@ -345,6 +345,8 @@ def _versions() -> dict[str, str]:
         "onnx-ir",
         "onnxruntime",
         "openvino",
+        "litert-torch",
+        "ai-edge-litert",
     ):
         try:
             found[name] = version(name)
