@@ -17,6 +17,7 @@ from typing import Literal
 from .atenfile import GRAPH as ATEN_GRAPH
 from .atenfile import WEIGHTS as ATEN_WEIGHTS
 from .atenfile import check_aten
+from .coremlfile import check_packages
 from .errors import BundleError, OutputError
 from .files import (
     folder_size,
@@ -107,6 +108,8 @@ class Bundle:
                 check_tflite(self.file(graph))
             elif graph.endswith(f"/{ATEN_GRAPH}"):
                 check_aten(self.file(graph), self.file(graph.removesuffix(ATEN_GRAPH) + ATEN_WEIGHTS))
+            elif graph.endswith(".mlpackage/Manifest.json"):
+                check_packages(self.file(graph))
 
 
 def _not_a_bundle(path: Path) -> BundleError:
