@@ -216,7 +216,7 @@ def _policy(item: Any, where: str) -> Policy:
     kind = POLICIES.get(str(item.get("name"))) if isinstance(item, Mapping) else None
     if kind is None:
         raise PlanError(f"{where} has an unknown policy {item!r}", expected=f"one of {', '.join(POLICIES)}")
-    names = {field.name for field in fields(kind)}
+    names = [field.name for field in fields(kind)]
     if set(item) != {"name", *names}:
         raise PlanError(f"{where}: policy {item['name']}", expected=f"the fields name, {', '.join(names)}")
     if kind is TimeShift:
