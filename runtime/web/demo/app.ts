@@ -6,11 +6,12 @@ import { type Choice, megabytes, readCatalog } from "./catalog.js";
 import { openHistory, put } from "./history.js";
 import { ideasFor } from "./ideas.js";
 import { install, keepEngine, uses } from "./offline.js";
-import { arc, page, say } from "./page.js";
+import { arc, fact, page, say } from "./page.js";
 import { type Made, save, share, shareable } from "./save.js";
 import { milliseconds, showSteps } from "./steps.js";
 
 const DEAR = 100e6; // bytes: more is loaded only when asked for
+const LARGE = 1e9; // bytes: WebAssembly addresses four times this, and a graph is there twice while it is opened
 
 const client = connect(() => new Worker("worker.js", { type: "module" }));
 const base = new URL("./", location.href).href;
@@ -75,6 +76,7 @@ async function load(): Promise<void> {
       device: page.device.value as "auto" | "wasm" | "webgpu",
       ort: new URL("ort/", base).href,
       signal: own.signal,
+      lowMemory: choice.bytes > LARGE,
       onNotKept: (why) => (notKept = why),
       onProgress: ({ part, loadedBytes, totalBytes, keptBytes, stage }) => {
         page.loading.dataset["state"] = stage;
@@ -127,13 +129,6 @@ function ready(opened: Model, notKept: string): void {
     for (const dd of page.facts.querySelectorAll("dd[data-name=Offline]"))
       dd.textContent = works ? "Works without a network from now on" : "Needs the network: this browser keeps nothing here";
   });
-}
-
-function fact(name: string, text: string): HTMLElement[] {
-  const [dt, dd] = [document.createElement("dt"), document.createElement("dd")];
-  [dt.textContent, dd.textContent] = [name, text];
-  dd.dataset["name"] = name;
-  return [dt, dd];
 }
 
 function idea(text: string): HTMLButtonElement {

@@ -55,3 +55,11 @@ export function arc(fraction: number): void {
   document.getElementById("arc")!.style.strokeDasharray = `${100 * Math.min(1, Math.max(0, fraction))} 100`;
   page.loadingBar.value = fraction;
 }
+
+/** One line of the details: a name and what is so. */
+export function fact(name: string, text: string): HTMLElement[] {
+  const [dt, dd] = [document.createElement("dt"), document.createElement("dd")];
+  [dt.textContent, dd.textContent] = [name, text];
+  dd.dataset["name"] = name;
+  return [dt, dd];
+}

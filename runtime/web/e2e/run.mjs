@@ -2,7 +2,8 @@
 //
 // FEWSTEP   the command that exports and draws for comparison (default: the checkout's own)
 // CHROMIUM, FIREFOX   which browsers (default: Debian's)
-import { execFileSync, spawnSync } from "node:child_process";
+import { spawn, spawnSync } from "node:child_process";
+import { once } from "node:events";
 import { existsSync, mkdirSync, readdirSync, rmSync, writeFileSync } from "node:fs";
 import { fileURLToPath } from "node:url";
 import { build } from "esbuild";
@@ -18,18 +19,25 @@ if (!existsSync("dist/site/index.html")) throw new Error("the web app is not bui
 mkdirSync(bundles, { recursive: true });
 
 const environment = { ...process.env, OMP_NUM_THREADS: "1" };
-const run = (...words) => execFileSync(fewstep, words, { stdio: ["ignore", "ignore", "inherit"], env: environment });
+const run = async (...words) => {
+  const child = spawn(fewstep, words, { stdio: ["ignore", "ignore", "inherit"], env: environment });
+  const [code] = await once(child, "exit");
+  if (code !== 0) throw new Error(`fewstep ${words.join(" ")} ended with ${code}`);
+};
 const model = `${root}models/emoji-64-fast`;
-const make = (name, target, ...more) => existsSync(`${bundles}/${name}`) || run("export", model, "--target", target, "--no-speed", "-o", `${bundles}/${name}`, ...more);
-// 30 steps: enough to be stopped in the middle; a plan of two, which the bundle's golden latent was drawn with
-writeFileSync(`${folder}/steps.toml`, 'sampler = "ddim"\noffered = [2]\n');
-make("f32", "laptop-cpu", "--steps", "30", "--recipe", `${folder}/steps.toml`);
-make("int8", "web-wasm");
-// the software adapter of the tests has no float16
-writeFileSync(`${folder}/float32.toml`, 'precision = "float32"\nweights = "float32"\noffered = [1]\n');
-make("gpu32", "web-webgpu", "--recipe", `${folder}/float32.toml`);
-const picture = `${bundles}/f32.png`;
-if (!existsSync(picture)) run("run", `${bundles}/f32`, "--prompt", "a red heart on a yellow background", "--seed", "7", "-o", picture);
+const make = (name, target, ...more) =>
+  existsSync(`${bundles}/${name}`) || run("export", model, "--target", target, "--no-speed", "-o", `${bundles}/${name}`, ...more);
+const float = async () => {
+  // 30 steps: enough to be stopped in the middle; a plan of two, which the bundle's golden latent was drawn with
+  writeFileSync(`${folder}/steps.toml`, 'sampler = "ddim"\noffered = [2]\n');
+  await make("f32", "laptop-cpu", "--steps", "30", "--recipe", `${folder}/steps.toml`);
+  // the software adapter of the tests has no float16
+  writeFileSync(`${folder}/float32.toml`, 'precision = "float32"\nweights = "float32"\noffered = [1]\n');
+  await make("gpu32", "web-webgpu", "--recipe", `${folder}/float32.toml`);
+  const picture = `${bundles}/f32.png`;
+  if (!existsSync(picture)) await run("run", `${bundles}/f32`, "--prompt", "a red heart on a yellow background", "--seed", "7", "-o", picture);
+};
+await Promise.all([make("int8", "web-wasm"), float()]); // two cores
 
 rmSync(`${folder}/tests`, { recursive: true, force: true });
 const common = { bundle: true, format: "esm", target: "es2022", logLevel: "warning" };

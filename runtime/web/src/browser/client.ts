@@ -18,6 +18,8 @@ export interface OpenOptions {
   ort: string;
   /** Cores to use on a page isolated by COOP and COEP; elsewhere it is always one. */
   threads?: number;
+  /** Free each network before the next is opened: the largest bounds memory, not their sum; slower. */
+  lowMemory?: boolean;
   onProgress?: (progress: Loading) => void;
   /** Told once where the browser gives no room to keep files: they are fetched again on the next visit. */
   onNotKept?: (why: string) => void;
@@ -100,7 +102,15 @@ export interface Client {
 }
 
 export type ToWorker =
-  | { type: "open"; id: number; variants: Variant[]; device: "auto" | "wasm" | "webgpu"; ort: string; threads?: number }
+  | {
+      type: "open";
+      id: number;
+      variants: Variant[];
+      device: "auto" | "wasm" | "webgpu";
+      ort: string;
+      threads?: number;
+      lowMemory: boolean;
+    }
   | { type: "draw"; id: number; ask: Ask }
   | { type: "forget"; id: number; url: string }
   | { type: "cancel"; id: number };
@@ -186,9 +196,9 @@ export function connect(start: () => Worker): Client {
   }
 
   return {
-    open: async (variants, { device = "auto", ort, threads, onProgress, onNotKept, signal }) => {
+    open: async (variants, { device = "auto", ort, threads, lowMemory = false, onProgress, onNotKept, signal }) => {
       const request = (id: number): ToWorker => ({
-        ...{ type: "open", id, variants, device, ort },
+        ...{ type: "open", id, variants, device, ort, lowMemory },
         ...(threads !== undefined && { threads }),
       });
       for await (const message of ask(request, signal)) {

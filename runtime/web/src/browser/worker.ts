@@ -124,7 +124,7 @@ async function load(
       return engine.open(graph, spec);
     },
   };
-  const made = await loadPipeline(bundle, announcing, { onProgress: report.fetch, signal });
+  const made = await loadPipeline(bundle, announcing, { onProgress: report.fetch, signal, lowMemory: message.lowMemory });
   const { height, width, multiple, fixed } = manifest.sample;
   const denoiser = manifest.parts[manifest.denoiser]!;
   const opened: Opened = {
