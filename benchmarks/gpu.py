@@ -76,17 +76,25 @@ TEXT = 77
 
 
 class Denoise(torch.nn.Module):
-    """A U-Net by names of inputs; SDXL's takes the size of the picture and pooled text as well."""
+    """SD-1.5's U-Net by names of inputs."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network
 
-    def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any, *more: Any) -> Any:
-        added = dict(zip(("text_embeds", "time_ids"), more, strict=True)) if more else None
-        return self.network(
-            sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False
-        )[0]
+    def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any) -> Any:
+        return self.network(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+
+
+class DenoiseXL(Denoise):
+    """SDXL's takes pooled text and the sizes of the picture as well."""
+
+    def forward(  # type: ignore[override]
+        self, sample: Any, timestep: Any, encoder_hidden_states: Any, text_embeds: Any, time_ids: Any
+    ) -> Any:
+        added = {"text_embeds": text_embeds, "time_ids": time_ids}
+        states = encoder_hidden_states
+        return self.network(sample, timestep, states, added_cond_kwargs=added, return_dict=False)[0]
 
 
 class Decode(torch.nn.Module):
@@ -154,17 +162,19 @@ def make(arch: str, *, tiny: bool) -> Case:
         }
     whole = {name: array.astype(np.float32) for name, array in condition.items()}
     latents = rng.standard_normal((1, 4, size, size)).astype(np.float32)
-    return Case(Denoise(unet).eval(), Decode(vae).eval(), whole, latents)
+    wrapper = DenoiseXL if arch == "sdxl" else Denoise
+    return Case(wrapper(unet).eval(), Decode(vae).eval(), whole, latents)
 
 
 def by_diffusers(case: Case, device: str, dtype: Any, mode: str | None) -> Callable[[], np.ndarray]:
     """Its networks, its scheduler and a loop on the device.
 
-    mode  of torch.compile; None: eager
+    mode  of torch.compile; None: eager. On a CPU its own compiler is left out, for this is no measurement there
     """
     denoise, decode = (copy.deepcopy(each).to(device, dtype) for each in (case.denoise, case.decode))
     if mode is not None:
-        denoise, decode = (torch.compile(each, mode=mode, fullgraph=True) for each in (denoise, decode))
+        how: dict[str, Any] = {"mode": mode} if device == "cuda" else {"backend": "aot_eager"}
+        denoise, decode = (torch.compile(each, fullgraph=True, **how) for each in (denoise, decode))
     scheduler = _scheduler()
     scheduler.set_timesteps(STEPS, device=device)
     condition = [torch.from_numpy(array).to(device, dtype) for array in case.condition.values()]

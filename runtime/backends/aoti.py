@@ -101,14 +101,12 @@ class AotiSession:
                 )
             given.append(torch.from_numpy(array))
         with torch.no_grad(), _errors(None, "run"):
-            if self._device.type == "cpu":
-                found = _flat(self._network(*given))
-            else:
-                found = self._replay(given)
-            wanted = zip(self._spec.outputs, found, strict=True)
+            cpu = self._device.type == "cpu"
+            found = _flat(self._network(*given)) if cpu else self._replay(given)
             return {
-                spec.name: value.cpu().numpy()
-                for spec, value in wanted
+                # a copy of what is recorded: the next replay writes there
+                spec.name: (value if cpu else value.to("cpu", copy=True)).numpy()
+                for spec, value in zip(self._spec.outputs, found, strict=True)
                 if outputs is None or spec.name in outputs
             }
 
