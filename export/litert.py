@@ -22,7 +22,7 @@ from ..quant.simulate import simulated
 from ..runtime.errors import BadInput, CheckpointError
 from ..runtime.manifest import PartSpec, TensorSpec
 from ..targets import Target, read_table
-from . import litert_graph
+from . import litert_file, litert_graph
 from .formats import Here
 from .onnx import Traced
 
@@ -53,14 +53,14 @@ def lower(traced: Traced, folder: Path, target: Target) -> PartSpec:
     check(part)
     with _marked(part):
         data = _converted(part)
-    model = litert_graph.read(data)
+    model = litert_file.read(data)
     del data
     if part.quantized is not None:
         litert_graph.store(model, part.quantized.layers)
     inputs, outputs = _narrow(part.inputs), _narrow(part.outputs)
-    litert_graph.tidy(model, *(tuple(spec.name for spec in specs) for specs in (inputs, outputs)))
+    litert_file.tidy(model, *(tuple(spec.name for spec in specs) for specs in (inputs, outputs)))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / GRAPH).write_bytes(litert_graph.written(model))
+    (folder / GRAPH).write_bytes(litert_file.written(model))
     return PartSpec("litert", f"{part.name}/{GRAPH}", inputs, outputs, device=target.device.kind)
 
 

@@ -1,4 +1,4 @@
-"""The flatbuffer of a .tflite graph, between the converter and the bundle: integer weights in, notes and names out.
+"""The part's own integers in a converted graph, in the place of the floats it was converted with.
 
 A layer whose input is rounded becomes a hybrid kernel: FULLY_CONNECTED or CONV_2D of int8 weights and float tensors,
 which XNNPACK runs as a product of integers, rounding the input to 8 bits by its own range at each call. A layer of
@@ -7,7 +7,6 @@ rounded weights alone reads them through DEQUANTIZE, which the engine computes o
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import permutations
@@ -16,16 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..model.libraries import library
 from ..model.quantized import Layer
 from ..runtime.errors import CheckpointError
+from .litert_file import Stored, operator_names, schema
 
-__all__ = ["mark", "read", "store", "tidy", "written"]
+__all__ = ["BOUND", "mark", "store"]
 
 Array = NDArray[Any]
 
-ALIGNMENT = 16
-"""Of constants: `force_align` of Buffer.data in LiteRT's schema, which flatbuffers' Python writer does not know."""
 HYBRID = ("FULLY_CONNECTED", "CONV_2D")
 """Operators that XNNPACK has a kernel for with int8 weights and a float input."""
 MARK = 2.0**20
@@ -36,26 +33,6 @@ BOUND = 3e38
 """Above what any input of a layer can be in float32; `store` takes such bounds away."""
 VERSIONS = {"FULLY_CONNECTED": 9, "CONV_2D": 5, "DEQUANTIZE": 5, "EMBEDDING_LOOKUP": 3}
 """The first version of each that takes int8 weights with a scale a row, as LiteRT's converter numbers them."""
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A buffer with its bytes aligned; the generated ModelT calls `Pack`, as it does of its own."""
-
-    data: Any = b""
-    """Bytes, or an array of uint8."""
-
-    def Pack(self, builder: Any) -> int:
-        schema, at = _schema(), 0
-        if len(self.data):
-            builder.StartVector(1, len(self.data), ALIGNMENT)
-            builder.head -= len(self.data)
-            builder.Bytes[builder.head : builder.head + len(self.data)] = memoryview(self.data)
-            at = builder.EndVector()
-        schema.BufferStart(builder)
-        if at:
-            schema.BufferAddData(builder, at)
-        return int(schema.BufferEnd(builder))
 
 
 @dataclass(frozen=True)
@@ -71,12 +48,6 @@ class Found:
     """Of each of these, with what the converter multiplied the weights by."""
 
 
-def read(data: bytes) -> Any:
-    """The model as objects of the generated schema."""
-    schema = _schema()
-    return schema.ModelT.InitFromObj(schema.Model.GetRootAs(data))
-
-
 def mark(weights: Any, number: int) -> None:
     """Change the first and the last of `weights`, flat, to what `find` knows layer `number` by."""
     weights[0], weights[-1] = MARK, MARK * (1 + number / STEPS)
@@ -88,7 +59,7 @@ def find(model: Any, layers: Mapping[str, Layer]) -> dict[int, Found]:
     layers  numbered in their order
     Raises CheckpointError where some are not there up to one factor: the converter computed something else from them.
     """
-    float32, names = _schema().TensorType.FLOAT32, list(layers)
+    float32, names = schema().TensorType.FLOAT32, list(layers)
     found: dict[int, Found] = {}
     for number, tensor in enumerate(model.subgraphs[0].tensors):
         data = model.buffers[tensor.buffer].data
@@ -148,19 +119,19 @@ class _Writer:
 
     def integers(self, where: Found) -> int:
         """The weights as int8 with a scale a row."""
-        schema, key = _schema(), (where.name, where.axis, where.codes.shape, float(where.scale[0]))
+        generated, key = schema(), (where.name, where.axis, where.codes.shape, float(where.scale[0]))
         if key not in self.made:
-            how = schema.QuantizationParametersT()
+            how = generated.QuantizationParametersT()
             how.scale, how.zeroPoint = where.scale, np.zeros(len(where.scale), np.int64)
             how.quantizedDimension = where.axis
-            self.made[key] = self._constant(where.codes, schema.TensorType.INT8, how)
+            self.made[key] = self._constant(where.codes, generated.TensorType.INT8, how)
         return self.made[key]
 
     def floats(self, where: Found) -> int:
         """The same behind DEQUANTIZE."""
         integers = self.integers(where)
         if ("floats", integers) not in self.made:
-            made = self._tensor(where.codes.shape, _schema().TensorType.FLOAT32)
+            made = self._tensor(where.codes.shape, schema().TensorType.FLOAT32)
             self._operator("DEQUANTIZE", "DequantizeOptions", [integers], made)
             self.made["floats", integers] = made
         return self.made["floats", integers]
@@ -169,7 +140,7 @@ class _Writer:
         """A tensor [..., channels] over divisors [channels]."""
         key = tensor, divisors.tobytes()
         if key not in self.made:
-            float32 = _schema().TensorType.FLOAT32
+            float32 = schema().TensorType.FLOAT32
             factors = self._constant((1.0 / divisors.astype(np.float64)).astype(np.float32), float32)
             made = self._tensor(self.model.subgraphs[0].tensors[tensor].shape, float32)
             self._operator("MUL", "MulOptions", [tensor, factors], made)
@@ -181,7 +152,7 @@ class _Writer:
         return self._tensor(data.shape, kind, len(self.model.buffers) - 1, quantization)
 
     def _tensor(self, shape: Any, kind: int, buffer: int = 0, quantization: Any = None) -> int:
-        tensor = _schema().TensorT()
+        tensor = schema().TensorT()
         tensor.shape, tensor.type, tensor.buffer, tensor.quantization = (
             list(shape),
             kind,
@@ -192,20 +163,20 @@ class _Writer:
         return len(self.model.subgraphs[0].tensors) - 1
 
     def _operator(self, name: str, options: str, inputs: list[int], output: int) -> None:
-        schema = _schema()
-        code, codes = getattr(schema.BuiltinOperator, name), self.model.operatorCodes
+        generated = schema()
+        code, codes = getattr(generated.BuiltinOperator, name), self.model.operatorCodes
         number = next((i for i, known in enumerate(codes) if known.builtinCode == code), len(codes))
         if number == len(codes):
-            codes.append(schema.OperatorCodeT())
+            codes.append(generated.OperatorCodeT())
             codes[-1].builtinCode, codes[-1].deprecatedBuiltinCode, codes[-1].version = (
                 code,
                 min(code, 127),
                 1,
             )
-        operator = schema.OperatorT()
+        operator = generated.OperatorT()
         operator.opcodeIndex, operator.inputs, operator.outputs = number, inputs, [output]
-        operator.builtinOptionsType = getattr(schema.BuiltinOptions, options)
-        operator.builtinOptions = getattr(schema, f"{options}T")()
+        operator.builtinOptionsType = getattr(generated.BuiltinOptions, options)
+        operator.builtinOptions = getattr(generated, f"{options}T")()
         self.operators.append(operator)
 
 
@@ -255,78 +226,3 @@ def _ungrouped(graph: Any, inputs: list[int]) -> bool:
     """Whether every channel of the input reaches every output."""
     x, weights = (graph.tensors[number].shape for number in inputs[:2])
     return int(x[-1]) == int(weights[-1])
-
-
-def operator_names(model: Any) -> list[str]:
-    """Of the model's operator codes."""
-    known = {code: name for name, code in vars(_schema().BuiltinOperator).items() if not name.startswith("_")}
-    return [known[code.builtinCode] for code in model.operatorCodes]
-
-
-def tidy(model: Any, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:
-    """Name inputs and outputs, drop every other name and note, and whatever no operator reads; equal constants once.
-
-    The converter names each tensor after the modules and the source files it came from: a fiftieth of a small file.
-    """
-    graph = model.subgraphs[0]
-    ends = [[int(number) for number in numbers] for numbers in (graph.inputs, graph.outputs)]
-    used = [
-        *ends[0],
-        *(int(n) for each in graph.operators for n in (*each.inputs, *each.outputs) if n >= 0),
-        *ends[1],
-    ]
-    order = {number: place for place, number in enumerate(dict.fromkeys(used))}
-    buffers: list[Stored] = [Stored()]
-    known: dict[bytes, int] = {}
-    tensors = []
-    for number in order:
-        tensor = graph.tensors[number]
-        data = model.buffers[tensor.buffer].data
-        place = 0
-        if data is not None and len(data):
-            key = hashlib.sha256(memoryview(data)).digest()
-            place = known.setdefault(key, len(buffers))
-            if place == len(buffers):
-                buffers.append(Stored(data))
-        tensor.buffer, tensor.name = place, None
-        tensor.shapeSignature = None  # the sizes are fixed: it says the same
-        if tensor.quantization is not None and tensor.quantization.scale is None:
-            tensor.quantization = None
-        tensors.append(tensor)
-    for operator in graph.operators:
-        operator.inputs, operator.outputs = (
-            [order[int(n)] if n >= 0 else -1 for n in numbers]
-            for numbers in (operator.inputs, operator.outputs)
-        )
-        operator.intermediates = operator.mutatingVariableInputs = None
-        operator.debugMetadataIndex = -1
-    codes: dict[int, int] = {}
-    for operator in graph.operators:
-        operator.opcodeIndex = codes.setdefault(operator.opcodeIndex, len(codes))
-    signature = model.signatureDefs[0]
-    for names, numbers, maps in zip(
-        (inputs, outputs), ends, (signature.inputs, signature.outputs), strict=True
-    ):
-        maps.sort(
-            key=lambda each: str(each.name)
-        )  # b'args_0', ...: the order of the arguments, below ten of them
-        for name, each in zip(names, maps, strict=True):
-            each.tensorIndex = order[int(each.tensorIndex)]
-            each.name = tensors[each.tensorIndex].name = name
-        numbers[:] = [each.tensorIndex for each in maps]
-    graph.inputs, graph.outputs = ends
-    graph.tensors, graph.name, graph.debugMetadataIndex = tensors, None, -1
-    model.operatorCodes = [model.operatorCodes[number] for number in codes]
-    model.buffers, model.description = buffers, "fewstep"
-    model.metadata = model.metadataBuffer = None
-
-
-def written(model: Any) -> bytes:
-    """The model as the bytes of a file."""
-    builder = library("flatbuffers").Builder(1 << 20)
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
-
-
-def _schema() -> Any:
-    return library("ai_edge_litert.schema_py_generated")

@@ -26,7 +26,7 @@ from .conftest import LINEAR, Actions, Model, torch
 
 schema = pytest.importorskip("ai_edge_litert.schema_py_generated", reason="needs the litert extra")
 
-from fewstep.export import litert, litert_graph  # noqa: E402
+from fewstep.export import litert, litert_file  # noqa: E402
 
 TARGET = load_target("android-cpu")
 HOW = "device" if platform.machine() == "aarch64" else "converted"
@@ -99,8 +99,8 @@ def error(part, session):
 
 
 def graph(folder):
-    model = litert_graph.read((folder / litert.GRAPH).read_bytes())
-    names = litert_graph.operator_names(model)
+    model = litert_file.read((folder / litert.GRAPH).read_bytes())
+    names = litert_file.operator_names(model)
     return model, [names[operator.opcodeIndex] for operator in model.subgraphs[0].operators]
 
 

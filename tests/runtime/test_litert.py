@@ -16,7 +16,7 @@ from fewstep.runtime.manifest import PartSpec, TensorSpec
 
 schema: Any = pytest.importorskip("ai_edge_litert.schema_py_generated", reason="needs the litert extra")
 
-from fewstep.export.litert_graph import Stored, written  # noqa: E402
+from fewstep.export.litert_file import Stored, written  # noqa: E402
 
 TABLE = np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)
 SPEC = PartSpec(

@@ -16,7 +16,7 @@ from fewstep.runtime.tflitefile import check_tflite
 
 schema: Any = pytest.importorskip("ai_edge_litert.schema_py_generated", reason="needs the litert extra")
 
-from fewstep.export.litert_graph import Stored, written  # noqa: E402
+from fewstep.export.litert_file import Stored, written  # noqa: E402
 
 Model = Any
 FLOAT32, INT32, INT8 = 0, 2, 9
