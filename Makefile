@@ -1,6 +1,7 @@
 # make demo   the built-in model: export, verify, draw, measure; leaves demo-output/picture.png and report.html
 # make test   lint and the whole default test suite
 # make test-web  the web app in Chromium and Firefox, with bundles made for it: needs those two browsers
+# make test-arm64  the runtime on ARM64 Linux under emulation: fetches qemu and an ARM64 Python, 110 MB, without root
 # make lint   ruff, mypy and tsc alone
 # make web    the TypeScript runtime and the web app, in runtime/web/dist: needs Node 20 or later, and npm
 # make clean  remove what these made; the virtual environment too
@@ -19,13 +20,17 @@ DEMO ?= demo-output
 WEB := runtime/web
 WEB_SOURCES := $(wildcard $(WEB)/*.json $(WEB)/*.mjs) $(shell find $(WEB)/src $(WEB)/demo -type f)
 
-.PHONY: demo test test-web lint links web clean
+.PHONY: demo test test-arm64 test-web lint links web clean
 
 demo: $(STAMP)
 	$(BIN)/fewstep demo models/emoji-64 -o $(DEMO)
 
 test: lint web
 	$(BIN)/python -m pytest -q
+
+test-arm64: $(STAMP)
+	$(BIN)/python tests/runtime/arm64.py
+	$(BIN)/python -m pytest -q -m arm64
 
 lint: $(STAMP) links $(WEB)/node_modules/.installed
 	$(BIN)/ruff check .
