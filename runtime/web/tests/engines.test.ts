@@ -23,7 +23,7 @@ test("a graph runs in onnxruntime-node, with its weights inside it or beside it"
     data: new Float32Array([4, 7, 10]),
   });
   await inside.release();
-  const data = new Uint8Array(new Float32Array(25).fill(1).buffer);
+  const data = new Uint8Array(new Float32Array(27).fill(1).buffer, 8); // in the middle of a larger buffer
   const files = { name: "model.onnx", graph: WITH_DATA, external: [{ path: "model.onnx_data", data }] };
   const beside = await nodeEngine(ort, { threads: 1 }).open(files, SPEC);
   assert.deepEqual((await beside.run({ x }, ["y"]))["y"]!.data, new Float32Array([3, 4, 5]));

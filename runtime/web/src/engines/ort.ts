@@ -19,7 +19,11 @@ export function ortEngine(
   options: InferenceSession.SessionOptions,
 ): Engine {
   const open = async (files: GraphFiles, spec: PartSpec): Promise<Session> => {
-    const externalData = files.external.map(({ path, data }) => ({ path, data }));
+    // React Native's takes all of the buffer, wherever in it the data begins
+    const externalData = files.external.map(({ path, data }) => ({
+      path,
+      data: data.length === data.buffer.byteLength ? data : data.slice(),
+    }));
     let session: InferenceSession;
     try {
       session = await ort.InferenceSession.create(files.graph, {
