@@ -15,11 +15,19 @@ const server = createServer((request, response) => {
   if (path === "/") return response.writeHead(200, { "content-type": "text/html" }).end("<!doctype html>");
   const file = path.startsWith("/ort/") ? join(web, "dist/site", path) : join(process.argv[2], path);
   if (!existsSync(file)) return response.writeHead(404).end();
-  response.writeHead(200, { "content-type": TYPES[extname(file)] ?? "application/octet-stream" }).end(readFileSync(file));
+  response
+    .writeHead(200, { "content-type": TYPES[extname(file)] ?? "application/octet-stream" })
+    .end(readFileSync(file));
 });
 await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
 
-const flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader"];
+const flags = [
+  "--no-sandbox",
+  "--disable-gpu",
+  "--disable-quic",
+  "--enable-unsafe-webgpu",
+  "--use-webgpu-adapter=swiftshader",
+];
 const browser = await chromium.launch({ executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium", args: flags });
 const results = { chromium: browser.version(), runs: RUNS };
 for (const device of ["wasm", "webgpu"]) {
@@ -31,11 +39,17 @@ for (const device of ["wasm", "webgpu"]) {
       ort.env.wasm.wasmPaths = `${location.origin}/ort/`;
       ort.env.wasm.numThreads = 1;
       const { graphs, feeds, wanted } = await (await fetch("/case.json")).json();
-      const tensors = Object.entries(feeds).map(([name, { dims, data }]) => [name, new ort.Tensor("float32", Float32Array.from(data), dims)]);
+      const tensors = Object.entries(feeds).map(([name, { dims, data }]) => [
+        name,
+        new ort.Tensor("float32", Float32Array.from(data), dims),
+      ]);
       const found = {};
       for (const [name, path] of Object.entries(graphs)) {
         const graph = new Uint8Array(await (await fetch(`/${path}`)).arrayBuffer());
-        const session = await ort.InferenceSession.create(graph, { executionProviders: [provider], logSeverityLevel: 3 });
+        const session = await ort.InferenceSession.create(graph, {
+          executionProviders: [provider],
+          logSeverityLevel: 3,
+        });
         const times = [];
         let outputs;
         for (let run = 0; run < (provider === "wasm" ? runs : 1); run++) {

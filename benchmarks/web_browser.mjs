@@ -24,7 +24,15 @@ const VISITS = 5; // first visits, each with an empty profile
 const PICTURES = 9; // of which the first two warm up
 const QUALITY = 9; // brotli: what servers reach while they are asked; 11 is 2 % smaller and many times slower
 const CHROMIUM = process.env.CHROMIUM ?? "/usr/bin/chromium";
-const FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"];
+const FLAGS = [
+  "--no-sandbox",
+  "--disable-gpu",
+  "--disable-quic",
+  "--no-first-run",
+  "--disable-background-networking",
+  "--disable-component-update",
+  "--disable-sync",
+];
 
 const sorted = (values) => [...values].sort((a, b) => a - b);
 const spread = (values) => {
@@ -32,20 +40,39 @@ const spread = (values) => {
   return { least: round(all[0]), median: round(all[all.length >> 1]), of: all.length };
 };
 const round = (value) => Number(value.toPrecision(4));
-const brotli = (data) => brotliCompressSync(data, { params: { [constants.BROTLI_PARAM_QUALITY]: QUALITY, [constants.BROTLI_PARAM_SIZE_HINT]: data.length } }).length;
+const brotli = (data) =>
+  brotliCompressSync(data, {
+    params: { [constants.BROTLI_PARAM_QUALITY]: QUALITY, [constants.BROTLI_PARAM_SIZE_HINT]: data.length },
+  }).length;
 const sizes = (files) => {
   const data = files.map((file) => readFileSync(file));
-  return { files: files.length, bytes: data.reduce((sum, one) => sum + one.length, 0), brotli: data.reduce((sum, one) => sum + brotli(one), 0) };
+  return {
+    files: files.length,
+    bytes: data.reduce((sum, one) => sum + one.length, 0),
+    brotli: data.reduce((sum, one) => sum + brotli(one), 0),
+  };
 };
 
 const site = `${web}dist/site`;
-const shell = readdirSync(site).filter((name) => name !== "ort").map((name) => join(site, name));
-const engine = ["ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"].map((name) => join(site, "ort", name));
-const harness = buildSync({ entryPoints: [`${web}e2e/harness.ts`], bundle: true, format: "esm", target: "es2022", write: false }).outputFiles[0].text;
+const shell = readdirSync(site)
+  .filter((name) => name !== "ort")
+  .map((name) => join(site, name));
+const engine = ["ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm"].map((name) =>
+  join(site, "ort", name),
+);
+const harness = buildSync({
+  entryPoints: [`${web}e2e/harness.ts`],
+  bundle: true,
+  format: "esm",
+  target: "es2022",
+  write: false,
+}).outputFiles[0].text;
 
 const results = [];
 for (const bundle of process.argv.slice(2)) {
-  const server = spawn(process.env.FEWSTEP ?? `${root}.venv/bin/fewstep`, ["serve", bundle, "--port", "0"], { stdio: ["ignore", "ignore", "pipe"] });
+  const server = spawn(process.env.FEWSTEP ?? `${root}.venv/bin/fewstep`, ["serve", bundle, "--port", "0"], {
+    stdio: ["ignore", "ignore", "pipe"],
+  });
   const [said] = await once(server.stderr, "data");
   const address = /http:\S+/.exec(said)[0];
   try {
@@ -56,13 +83,37 @@ for (const bundle of process.argv.slice(2)) {
 }
 
 const { model } = cpus()[0];
-const host = { cpu: model.trim(), cores: cpus().length, memory_gib: Math.round(totalmem() / 2 ** 30), kernel: release(), load: loadavg().map(round), scheduling: execFileSync("chrt", ["-p", `${process.pid}`], { encoding: "utf8" }).split("\n")[0].split(": ").at(-1) };
-console.log(JSON.stringify({ host, visits: VISITS, brotli_quality: QUALITY, runtime: { app: sizes(shell), onnxruntime_web: sizes(engine) }, bundles: results }, null, 2));
+const host = {
+  cpu: model.trim(),
+  cores: cpus().length,
+  memory_gib: Math.round(totalmem() / 2 ** 30),
+  kernel: release(),
+  load: loadavg().map(round),
+  scheduling: execFileSync("chrt", ["-p", `${process.pid}`], { encoding: "utf8" })
+    .split("\n")[0]
+    .split(": ")
+    .at(-1),
+};
+console.log(
+  JSON.stringify(
+    {
+      host,
+      visits: VISITS,
+      brotli_quality: QUALITY,
+      runtime: { app: sizes(shell), onnxruntime_web: sizes(engine) },
+      bundles: results,
+    },
+    null,
+    2,
+  ),
+);
 
 async function measure(bundle, address) {
   const manifest = JSON.parse(readFileSync(join(bundle, "manifest.json")));
   const graphs = Object.values(manifest.parts).map(({ graph }) => graph);
-  const fetched = Object.keys(manifest.files).filter((path) => graphs.includes(path) || path.endsWith(".onnx_data") || path === manifest.tokenizer?.file);
+  const fetched = Object.keys(manifest.files).filter(
+    (path) => graphs.includes(path) || path.endsWith(".onnx_data") || path === manifest.tokenizer?.file,
+  );
   const download = sizes(["manifest.json", ...fetched].map((path) => join(bundle, path)));
   const browser = await chromium.launch({ executablePath: CHROMIUM, args: FLAGS });
   const version = browser.version();
@@ -105,9 +156,16 @@ async function measure(bundle, address) {
   await page.setContent("<!doctype html>");
   await page.addScriptTag({ content: harness, type: "module" });
   await page.waitForFunction(() => "harness" in globalThis);
-  const subject = manifest.tokenizer ? { prompt: "a rooster on a blue background" } : manifest.classes ? { classLabel: 0 } : {};
+  const subject = manifest.tokenizer
+    ? { prompt: "a rooster on a blue background" }
+    : manifest.classes
+      ? { classLabel: 0 }
+      : {};
   const asks = Array.from({ length: PICTURES }, (_, seed) => ({ ...subject, seed }));
-  const { opened, pictures } = await page.evaluate(([url, all]) => globalThis.harness.draw([{ url, device: "cpu" }], all, { device: "wasm", threads: 1 }), [`/bundles/${basename(bundle).toLowerCase()}/`, asks]);
+  const { opened, pictures } = await page.evaluate(
+    ([url, all]) => globalThis.harness.draw([{ url, device: "cpu" }], all, { device: "wasm", threads: 1 }),
+    [`/bundles/${basename(bundle).toLowerCase()}/`, asks],
+  );
   await browser.close();
   const timings = pictures.slice(2).map((one) => one.timings);
   const steps = timings.flatMap(({ stepMs }) => stepMs);

@@ -6,7 +6,7 @@ import { type Choice, megabytes, readCatalog } from "./catalog.js";
 import { openHistory, put } from "./history.js";
 import { ideasFor } from "./ideas.js";
 import { install, keepEngine, uses } from "./offline.js";
-import { arc, fact, page, say } from "./page.js";
+import { arc, complain, fact, page, say } from "./page.js";
 import { type Made, save, share, shareable } from "./save.js";
 import { milliseconds, showSteps } from "./steps.js";
 
@@ -30,7 +30,10 @@ const pictures = openHistory(page.history, (made) => {
 });
 
 async function start(): Promise<void> {
-  void install(() => say("A newer version of this app is here; reload to use it."));
+  void install(() => {
+    page.timing.textContent = "A newer version of this app is here: reload to use it.";
+    say(page.timing.textContent);
+  });
   const wanted = new URLSearchParams(location.search);
   page.device.value = wanted.get("device") ?? "auto";
   choices = await readCatalog(base);
@@ -127,7 +130,9 @@ function ready(opened: Model, notKept: string): void {
     const works = kept && !notKept;
     document.body.dataset["offline"] = works ? "ready" : "no";
     for (const dd of page.facts.querySelectorAll("dd[data-name=Offline]"))
-      dd.textContent = works ? "Works without a network from now on" : "Needs the network: this browser keeps nothing here";
+      dd.textContent = works
+        ? "Works without a network from now on"
+        : "Needs the network: this browser keeps nothing here";
   });
 }
 
@@ -145,13 +150,19 @@ function idea(text: string): HTMLButtonElement {
 /** The plans steps_N as a row of numbers; the bundle's own among them, by its number of steps. */
 function showPlans({ plans }: Opened): void {
   const own = plans["default"]!;
-  const others = Object.entries(plans).filter(([name, { steps }]) => name !== "default" && (!name.startsWith("steps_") || steps !== own.steps));
+  const others = Object.entries(plans).filter(
+    ([name, { steps }]) => name !== "default" && (!name.startsWith("steps_") || steps !== own.steps),
+  );
   const sorted = [["default", own] as const, ...others].sort(([, a], [, b]) => a.steps - b.steps);
   const before = page.choices.querySelector<HTMLInputElement>("input:checked")?.value ?? "default";
   const chosen = before in plans ? before : "default";
   page.choices.replaceChildren(
     ...sorted.map(([name, { steps }]) => {
-      const [label, input, text] = [document.createElement("label"), document.createElement("input"), document.createElement("span")];
+      const [label, input, text] = [
+        document.createElement("label"),
+        document.createElement("input"),
+        document.createElement("span"),
+      ];
       Object.assign(input, { type: "radio", name: "plan", value: name, checked: name === chosen });
       text.textContent = name === "default" || name.startsWith("steps_") ? `${steps}` : name;
       label.append(input, text);
@@ -166,7 +177,7 @@ async function draw(): Promise<void> {
   const opened = model;
   const own = (drawing = new AbortController());
   retry = () => void attempt(draw);
-  hideAlert();
+  page.alert.hidden = true;
   if (page.dice.ariaPressed === "true" && shown) page.seed.value = `${anySeed()}`; // the first picture has the seed that is there
   const text = page.promptField.hidden ? undefined : page.prompt.value.trim();
   const label = page.classField.hidden ? undefined : Number(page.class.value);
@@ -244,24 +255,13 @@ const anySeed = (): number => crypto.getRandomValues(new Uint32Array(1))[0]! % S
 
 const stop = (): void => drawing?.abort();
 
-function hideAlert(): void {
-  page.alert.hidden = true;
-}
-
 /** Run something a person asked for; what goes wrong is said where they look. */
 async function attempt(work: () => Promise<void>): Promise<void> {
-  hideAlert();
+  page.alert.hidden = true;
   try {
     await work();
   } catch (error) {
-    const known = error instanceof FewstepError;
-    const found = known ? error.found : `Something is wrong in this app (${error instanceof Error ? error.message : String(error)})`;
-    const upper = (text: string): string => text.slice(0, 1).toUpperCase() + text.slice(1);
-    page.alertFound.textContent = upper(found) + (known && error.expected ? `; expected ${error.expected}` : "") + ".";
-    page.alertFix.textContent = known ? upper(error.fix) + (error.fix && ".") : "Reload the page.";
-    page.alert.dataset["kind"] = known ? error.kind : "bug";
-    page.alert.hidden = false;
-    page.alert.scrollIntoView({ block: "nearest" });
+    complain(error);
   }
 }
 
@@ -286,12 +286,15 @@ page.dice.addEventListener("click", () => {
 page.seed.addEventListener("input", () => (page.dice.ariaPressed = "false"));
 page.save.addEventListener("click", () => void attempt(async () => shown && save(shown)));
 page.share.addEventListener("click", () => void attempt(async () => shown && share(shown)));
-page.forget.addEventListener("click", () =>
-  void attempt(async () => {
-    for (const { url } of choices[Number(page.model.value)]?.variants ?? []) await client.forget(url);
-    say("Removed from this device.");
-    for (const dd of page.facts.querySelectorAll("dd[data-name=Kept], dd[data-name=Offline]")) dd.textContent = "Removed";
-  }),
+page.forget.addEventListener(
+  "click",
+  () =>
+    void attempt(async () => {
+      for (const { url } of choices[Number(page.model.value)]?.variants ?? []) await client.forget(url);
+      say("Removed from this device.");
+      for (const dd of page.facts.querySelectorAll("dd[data-name=Kept], dd[data-name=Offline]"))
+        dd.textContent = "Removed";
+    }),
 );
 retry = () => void attempt(start);
 void attempt(start);

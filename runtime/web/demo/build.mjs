@@ -23,11 +23,18 @@ for (const kind of ["", ".jspi", ".asyncify"])
     cpSync(`${ort}/ort-wasm-simd-threaded${kind}.${end}`, `${fresh}/ort/ort-wasm-simd-threaded${kind}.${end}`);
 
 // the service worker keeps the shell under a name that changes with any of its bytes, ONNX Runtime's included
-const shell = readdirSync(fresh).filter((name) => name !== "ort").sort();
-const runtime = readdirSync(`${fresh}/ort`).sort().map((name) => `ort/${name}`);
+const shell = readdirSync(fresh)
+  .filter((name) => name !== "ort")
+  .sort();
+const runtime = readdirSync(`${fresh}/ort`)
+  .sort()
+  .map((name) => `ort/${name}`);
 const digest = createHash("sha256");
 for (const name of [...shell, ...runtime]) digest.update(name).update(readFileSync(`${fresh}/${name}`));
-const define = { SHELL: JSON.stringify(["./", ...shell.filter((name) => name !== "index.html")]), VERSION: JSON.stringify(digest.digest("hex").slice(0, 12)) };
+const define = {
+  SHELL: JSON.stringify(["./", ...shell.filter((name) => name !== "index.html")]),
+  VERSION: JSON.stringify(digest.digest("hex").slice(0, 12)),
+};
 await build({ ...options, entryPoints: { sw: "demo/sw.ts" }, define, format: "iife" });
 
 rmSync(site, { recursive: true, force: true });

@@ -38,7 +38,12 @@ export async function readCatalog(base: string): Promise<Choice[]> {
   }
   const found = data as { fewstep_site?: number; bundles?: Entry[] };
   if (found.fewstep_site !== VERSION || !Array.isArray(found.bundles))
-    throw new FewstepError("files", `${CATALOG} of version ${String(found.fewstep_site).slice(0, 20)}`, `${VERSION}`, upload);
+    throw new FewstepError(
+      "files",
+      `${CATALOG} of version ${String(found.fewstep_site).slice(0, 20)}`,
+      `${VERSION}`,
+      upload,
+    );
   return choices(base, found.bundles);
 }
 
@@ -51,7 +56,10 @@ export function choices(base: string, entries: Entry[]): Choice[] {
   for (const entry of entries.filter(({ device }) => device !== "gpu")) {
     const at = forGpu.findIndex(({ name }) => name === entry.name);
     const other = at < 0 ? [] : forGpu.splice(at, 1);
-    const variants = [...other.map((one): Variant => ({ url: url(one), device: "gpu" })), { url: url(entry), device: "cpu" } as const];
+    const variants = [
+      ...other.map((one): Variant => ({ url: url(one), device: "gpu" })),
+      { url: url(entry), device: "cpu" } as const,
+    ];
     found.push({ label: "", name: entry.name, variants, bytes: entry.bytes });
   }
   for (const entry of forGpu)
@@ -68,5 +76,9 @@ export function choices(base: string, entries: Entry[]): Choice[] {
 /** 12812345 as "13 MB". */
 export function megabytes(bytes: number): string {
   const mega = bytes / 1e6;
-  return mega >= 1000 ? `${(mega / 1000).toFixed(1)} GB` : mega >= 10 ? `${Math.round(mega)} MB` : `${mega.toFixed(1)} MB`;
+  return mega >= 1000
+    ? `${(mega / 1000).toFixed(1)} GB`
+    : mega >= 10
+      ? `${Math.round(mega)} MB`
+      : `${mega.toFixed(1)} MB`;
 }

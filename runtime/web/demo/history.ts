@@ -19,7 +19,11 @@ export function openHistory(list: HTMLElement, chosen: (made: Made) => void): Hi
   return {
     add: (made) => {
       if (buttons.has(made)) return;
-      const [item, button, canvas] = [document.createElement("li"), document.createElement("button"), document.createElement("canvas")];
+      const [item, button, canvas] = [
+        document.createElement("li"),
+        document.createElement("button"),
+        document.createElement("canvas"),
+      ];
       button.type = "button";
       button.ariaLabel = `${made.ask.prompt ?? "picture"}, seed ${made.ask.seed}`;
       put(canvas, made.image);

@@ -9,7 +9,8 @@ export async function install(updated: () => void): Promise<void> {
   const first = container.controller === null;
   let seen = first;
   container.addEventListener("controllerchange", () => {
-    if (seen) seen = false; // the first worker takes the page over: nothing has changed
+    if (seen)
+      seen = false; // the first worker takes the page over: nothing has changed
     else updated();
   });
   await container.register("sw.js", { scope: "./", updateViaCache: "none" }).catch(() => undefined);
@@ -28,7 +29,9 @@ export async function keepEngine(base: string): Promise<boolean> {
   const used = performance.getEntriesByType("resource").map((entry) => entry.name);
   const folder = new URL("ort/", base).href;
   try {
-    for (const url of [...engineFiles(), ...used.filter((one) => one.startsWith(folder))].map((one) => new URL(one, folder).href))
+    for (const url of [...engineFiles(), ...used.filter((one) => one.startsWith(folder))].map(
+      (one) => new URL(one, folder).href,
+    ))
       if (!(await cache.match(url))) await cache.add(url); // from the browser's own cache
     if (!(await cache.match(new URL("bundles.json", base).href))) await cache.add(new URL("bundles.json", base).href);
     return true;

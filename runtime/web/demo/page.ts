@@ -1,5 +1,7 @@
 /** The elements of index.html by name. */
 
+import { FewstepError } from "../src/errors.js";
+
 function find<T extends HTMLElement>(id: string, kind: new () => T): T {
   const element = document.getElementById(id);
   if (!(element instanceof kind)) throw new Error(`index.html has no ${kind.name} #${id}`);
@@ -62,4 +64,17 @@ export function fact(name: string, text: string): HTMLElement[] {
   [dt.textContent, dd.textContent] = [name, text];
   dd.dataset["name"] = name;
   return [dt, dd];
+}
+
+/** Say what is wrong, what was expected and what to do. */
+export function complain(error: unknown): void {
+  const upper = (text: string): string => text.slice(0, 1).toUpperCase() + text.slice(1);
+  const known = error instanceof FewstepError;
+  const message = error instanceof Error ? error.message : String(error);
+  const found = known ? error.found : `Something is wrong in this app (${message})`;
+  page.alertFound.textContent = `${upper(found)}${known && error.expected ? `; expected ${error.expected}` : ""}.`;
+  page.alertFix.textContent = known ? upper(error.fix) + (error.fix && ".") : "Reload the page.";
+  page.alert.dataset["kind"] = known ? error.kind : "bug";
+  page.alert.hidden = false;
+  page.alert.scrollIntoView({ block: "nearest" });
 }

@@ -45,8 +45,14 @@ export function texts({ image, ask, model }: Made): Record<string, string> {
 }
 
 export const fileName = ({ ask, model }: Made): string => {
-  const words = (ask.prompt ?? (ask.classLabel !== undefined ? `class ${ask.classLabel}` : model.name)).normalize("NFC");
-  const plain = words.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 60);
+  const words = (ask.prompt ?? (ask.classLabel !== undefined ? `class ${ask.classLabel}` : model.name)).normalize(
+    "NFC",
+  );
+  const plain = words
+    .toLowerCase()
+    .replace(/[^\p{L}\p{N}]+/gu, "-")
+    .replace(/^-|-$/g, "")
+    .slice(0, 60);
   return `${plain || "picture"}-${ask.seed ?? 0}.png`;
 };
 

@@ -33,7 +33,10 @@ withSite("the first picture comes by itself, with its progress and times", ["int
     addEventListener("DOMContentLoaded", () => {
       const watch = (id: string): void => {
         const element = document.getElementById(id)!;
-        new MutationObserver(() => seen.push(element.textContent ?? "")).observe(element, { childList: true, characterData: true });
+        new MutationObserver(() => seen.push(element.textContent ?? "")).observe(element, {
+          childList: true,
+          characterData: true,
+        });
       };
       watch("loading-text");
       watch("timing");
@@ -42,10 +45,19 @@ withSite("the first picture comes by itself, with its progress and times", ["int
   await page.goto(site.origin);
   await picture(page);
   const seen = await page.evaluate(() => (globalThis as unknown as { seen: string[] }).seen);
-  assert.ok(seen.some((text) => /^[\d.]+ MB of [\d.]+ MB$/.test(text)), seen.join("; "));
+  assert.ok(
+    seen.some((text) => /^[\d.]+ MB of [\d.]+ MB$/.test(text)),
+    seen.join("; "),
+  );
   assert.ok(seen.includes("Preparing unet"), seen.join("; "));
-  assert.ok(seen.some((text) => /^Step [12] of 2$/.test(text)), seen.join("; "));
-  assert.match((await page.locator("#timing").textContent())!, /^[\d.]+ m?s: 2 steps of [\d.]+ m?s, text [\d.]+ m?s, decoding [\d.]+ m?s$/);
+  assert.ok(
+    seen.some((text) => /^Step [12] of 2$/.test(text)),
+    seen.join("; "),
+  );
+  assert.match(
+    (await page.locator("#timing").textContent())!,
+    /^[\d.]+ m?s: 2 steps of [\d.]+ m?s, text [\d.]+ m?s, decoding [\d.]+ m?s$/,
+  );
   assert.equal(await page.locator(".steps i.done").count(), 2);
   assert.equal(await page.locator("#picture").getAttribute("aria-label"), "a rooster on a blue background, seed 0");
   assert.match((await page.locator("#status").textContent())!, /^Picture ready: a rooster/);
@@ -68,11 +80,17 @@ withSite("on a phone everything is within the width, large enough and under the 
   for (const button of await page.locator("button:visible, select:visible, .choices label:visible").all()) {
     const box = (await button.boundingBox())!;
     // WCAG 2.2, 2.5.8 asks for 24 CSS pixels, 2.5.5 for 44
-    assert.ok(box.height >= 40 && box.width >= 34, `${await button.evaluate((e) => e.outerHTML.slice(0, 80))} ${box.width}x${box.height}`);
+    assert.ok(
+      box.height >= 40 && box.width >= 34,
+      `${await button.evaluate((e) => e.outerHTML.slice(0, 80))} ${box.width}x${box.height}`,
+    );
   }
   await page.locator("#ideas button").nth(1).tap();
   await page.waitForFunction(() => document.querySelectorAll("#history li").length === 2);
-  assert.match((await page.locator("#picture").getAttribute("aria-label"))!, /^a red heart on a yellow background, seed \d+$/);
+  assert.match(
+    (await page.locator("#picture").getAttribute("aria-label"))!,
+    /^a red heart on a yellow background, seed \d+$/,
+  );
 });
 
 withSite("every control has a name, and text stands out from its ground in light and dark", ["int8"], async (site) => {
@@ -83,7 +101,8 @@ withSite("every control has a name, and text stands out from its ground in light
     const nameless = await page.evaluate(() =>
       [...document.querySelectorAll<HTMLElement>("button, input, select, textarea, canvas[role]")]
         .filter((one) => {
-          const labels = "labels" in one ? [...((one as HTMLInputElement).labels ?? [])].map((label) => label.textContent) : [];
+          const labels =
+            "labels" in one ? [...((one as HTMLInputElement).labels ?? [])].map((label) => label.textContent) : [];
           return ![one.ariaLabel, one.textContent, ...labels].some((text) => text?.trim());
         })
         .map((one) => one.outerHTML.slice(0, 80)),
@@ -99,7 +118,14 @@ withSite("every control has a name, and text stands out from its ground in light
         });
         return 0.2126 * r! + 0.7152 * g! + 0.0722 * b!;
       };
-      const pairs = [["ink", "paper"], ["ink", "card"], ["soft", "paper"], ["soft", "card"], ["on-accent", "accent"], ["bad", "bad-paper"]] as const;
+      const pairs = [
+        ["ink", "paper"],
+        ["ink", "card"],
+        ["soft", "paper"],
+        ["soft", "card"],
+        ["on-accent", "accent"],
+        ["bad", "bad-paper"],
+      ] as const;
       return pairs.map(([a, b]) => {
         const [x, y] = [light(a), light(b)];
         return [a, b, (Math.max(x, y) + 0.05) / (Math.min(x, y) + 0.05)] as const;
@@ -121,7 +147,12 @@ withSite("the same seed gives the same picture, another seed or number of steps 
     await page.waitForFunction((count) => document.querySelectorAll("#history li").length === count + 1, before);
     return pixels(page);
   };
-  const [first, again, other, fewer] = [await drawn("5", "2"), await drawn("5", "2"), await drawn("6", "2"), await drawn("5", "1")];
+  const [first, again, other, fewer] = [
+    await drawn("5", "2"),
+    await drawn("5", "2"),
+    await drawn("6", "2"),
+    await drawn("5", "1"),
+  ];
   assert.equal(again, first);
   assert.notEqual(other, first);
   assert.notEqual(fewer, first);
@@ -170,7 +201,10 @@ withSite("a saved PNG says how it was made", ["int8"], async (site) => {
   const data = readFileSync(await download.path());
   assert.equal(data.subarray(1, 4).toString(), "PNG");
   const text = data.toString("utf8");
-  assert.match(text, /iTXtparameters\0{5}a rooster on a blue background\nSteps: 2, CFG scale: 1, Seed: 0, Size: 64x64, Model hash: [0-9a-f]{10}, Model: emoji-64/);
+  assert.match(
+    text,
+    /iTXtparameters\0{5}a rooster on a blue background\nSteps: 2, CFG scale: 1, Seed: 0, Size: 64x64, Model hash: [0-9a-f]{10}, Model: emoji-64/,
+  );
   assert.match(text, /iTXtfewstep\0{5}\{"prompt":"a rooster/);
   const url = `data:image/png;base64,${data.toString("base64")}`;
   const size = await page.evaluate(async (source) => {
@@ -202,12 +236,16 @@ withSite("a seed that is none is refused", ["int8"], async (site) => {
   assert.match(await alert(page), /expected a whole number from 0 to 18446744073709551615/);
 });
 
-const reason = async (page: Page): Promise<string> => `${await page.locator("#engine").textContent()}. ${await fact(page, "Why")}`;
+const reason = async (page: Page): Promise<string> =>
+  `${await page.locator("#engine").textContent()}. ${await fact(page, "Why")}`;
 
 withSite("without WebGPU the other bundle draws, and the page says why", ["gpu32", "f32"], async (site) => {
   const { page } = await visit(browser, site.origin);
   await picture(page);
-  assert.match(await reason(page), /^Runs on WebAssembly, one core\. (WebGPU finds no graphics processor here|This browser has no WebGPU)\.$/);
+  assert.match(
+    await reason(page),
+    /^Runs on WebAssembly, one core\. (WebGPU finds no graphics processor here|This browser has no WebGPU)\.$/,
+  );
   assert.ok(!site.asked.includes("/bundles/gpu32/unet/model.onnx"), "the other's weights are not fetched");
 });
 

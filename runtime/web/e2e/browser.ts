@@ -1,6 +1,13 @@
 /** Chromium as the tests start it: Debian's, without a window, a graphics processor or a network. */
 
-import { type Browser, type BrowserContext, type BrowserContextOptions, type Page, chromium, devices } from "playwright-core";
+import {
+  type Browser,
+  type BrowserContext,
+  type BrowserContextOptions,
+  type Page,
+  chromium,
+  devices,
+} from "playwright-core";
 
 export const WAIT = 60_000; // ms a busy machine may take for any one thing; never what a test is about
 const FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"];
@@ -52,7 +59,10 @@ export async function alert(page: Page): Promise<string> {
 
 /** What stands beside a name in the details. */
 export const fact = (page: Page, name: string): Promise<string> =>
-  page.locator(`dd[data-name=${name}]`).textContent().then((text) => text ?? "");
+  page
+    .locator(`dd[data-name=${name}]`)
+    .textContent()
+    .then((text) => text ?? "");
 
 /** The pixels on the canvas, as one text. */
 export const pixels = (page: Page): Promise<string> =>

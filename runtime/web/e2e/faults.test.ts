@@ -121,7 +121,10 @@ withSite("a server that has gone is said, with what to do", async (site) => {
   await page.goto(site.origin);
   await asked(site, UNET);
   await site.close();
-  assert.match(await alert(page), /cannot be fetched from .*; expected a connection\. Check the connection and try again: what was loaded is kept/);
+  assert.match(
+    await alert(page),
+    /cannot be fetched from .*; expected a connection\. Check the connection and try again: what was loaded is kept/,
+  );
 });
 
 /** Until a path was asked for. */
@@ -168,12 +171,19 @@ withSite("a bundle that has changed on the server is fetched anew, and the old f
   const hash = createHash("sha256").update(changed).digest("hex");
   site.faults.set(TEXT, () => ({ body: changed }));
   site.faults.set(MANIFEST, (body) =>
-    rewritten(body, /("text_encoder\/model\.onnx": \{\s*"bytes": )\d+(,\s*"sha256": ")[0-9a-f]+/, `$1${changed.length}$2${hash}`),
+    rewritten(
+      body,
+      /("text_encoder\/model\.onnx": \{\s*"bytes": )\d+(,\s*"sha256": ")[0-9a-f]+/,
+      `$1${changed.length}$2${hash}`,
+    ),
   );
   site.asked.length = 0;
   await page.reload();
   await page.waitForSelector(".frame[data-state=done], #alert:not([hidden])");
-  assert.deepEqual(site.asked.filter((path) => path.endsWith(".onnx")), [TEXT]);
+  assert.deepEqual(
+    site.asked.filter((path) => path.endsWith(".onnx")),
+    [TEXT],
+  );
   assert.equal(await stored(context, site), 4);
 });
 
@@ -220,7 +230,10 @@ withSite("a worker that dies is said, and another takes its place", async (site)
     for (const name of await caches.keys()) if (name.startsWith("fewstep-app-")) await caches.delete(name);
   });
   await page.reload();
-  assert.match(await alert(page), /^Not enough memory: the worker ended .*\. Close other tabs and apps, or choose a smaller bundle\.$/);
+  assert.match(
+    await alert(page),
+    /^Not enough memory: the worker ended .*\. Close other tabs and apps, or choose a smaller bundle\.$/,
+  );
   site.faults.clear();
   await page.evaluate(async () => {
     for (const name of await caches.keys()) if (name.startsWith("fewstep-app-")) await caches.delete(name);

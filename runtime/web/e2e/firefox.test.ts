@@ -17,10 +17,14 @@ interface Firefox {
 
 async function openFirefox(): Promise<Firefox> {
   const profile = mkdtempSync(join(tmpdir(), "fewstep-firefox-"));
-  const child = spawn(process.env["FIREFOX"]!, ["--headless", "--no-remote", "--profile", profile, "--remote-debugging-port", "0"], {
-    stdio: ["ignore", "ignore", "pipe"],
-    env: { ...process.env, HOME: profile, MOZ_HEADLESS: "1" },
-  });
+  const child = spawn(
+    process.env["FIREFOX"]!,
+    ["--headless", "--no-remote", "--profile", profile, "--remote-debugging-port", "0"],
+    {
+      stdio: ["ignore", "ignore", "pipe"],
+      env: { ...process.env, HOME: profile, MOZ_HEADLESS: "1" },
+    },
+  );
   const close = async (): Promise<void> => {
     const gone = new Promise((resolve) => child.once("exit", resolve));
     child.kill("SIGTERM");

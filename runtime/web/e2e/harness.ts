@@ -1,6 +1,14 @@
 /** What the tests call in a page without the app: the client as an app would use it, and the pipeline itself. */
 
-import { type Ask, type Drawn, type OpenOptions, type Opened, type Picture, type Variant, connect } from "../src/browser/client.js";
+import {
+  type Ask,
+  type Drawn,
+  type OpenOptions,
+  type Opened,
+  type Picture,
+  type Variant,
+  connect,
+} from "../src/browser/client.js";
 import { webFiles } from "../src/browser/files.js";
 import { type Verification, loadPipeline, openBundle, verify } from "../src/index.js";
 import { webEngine } from "../src/engines/web.js";
@@ -16,7 +24,10 @@ const harness = {
     variants: Variant[],
     asks: (Ask & { leaveAfter?: number })[],
     options: Partial<OpenOptions> = {},
-  ): Promise<{ opened: Opened; pictures: ({ pixels: number[]; steps: number; timings: Timings } | { kind: string; steps: number })[] }> {
+  ): Promise<{
+    opened: Opened;
+    pictures: ({ pixels: number[]; steps: number; timings: Timings } | { kind: string; steps: number })[];
+  }> {
     const absolute = variants.map(({ url, device }) => ({ url: new URL(url, location.href).href, device }));
     const model = await client.open(absolute, { ort, ...options });
     const pictures = [];

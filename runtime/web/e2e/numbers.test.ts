@@ -53,7 +53,10 @@ test("noise and golden plans in Chromium are those of every port", async () => {
     return page.evaluate(() => (globalThis as unknown as { runAll(): Promise<[string, string][]> }).runAll());
   });
   assert.ok(results.length > 100, `${results.length} tests ran`);
-  assert.deepEqual(results.filter(([, failed]) => failed !== ""), []);
+  assert.deepEqual(
+    results.filter(([, failed]) => failed !== ""),
+    [],
+  );
 });
 
 test("the golden latent of a bundle is drawn again in Chromium", async () => {
@@ -83,7 +86,9 @@ test("aborting ends a drawing, and the next one is whole", async () => {
   const { pictures } = await inPage(browser, false, (page) =>
     page.evaluate(
       ([prompt]) =>
-        harness.draw([{ url: "/bundles/f32/", device: "cpu" }], [{ prompt, leaveAfter: 3 }, { prompt }], { device: "wasm" }),
+        harness.draw([{ url: "/bundles/f32/", device: "cpu" }], [{ prompt, leaveAfter: 3 }, { prompt }], {
+          device: "wasm",
+        }),
       [PROMPT] as const,
     ),
   );
@@ -113,7 +118,9 @@ test("a float16 bundle on an adapter without shader-f16 falls back, with the rea
   try {
     const { opened } = await inPage(own, false, async (page, site) => {
       site.faults.set("/bundles/gpu32/manifest.json", (body) => ({
-        body: new TextEncoder().encode(new TextDecoder().decode(body).replaceAll('"precision": "float32"', '"precision": "float16"')),
+        body: new TextEncoder().encode(
+          new TextDecoder().decode(body).replaceAll('"precision": "float32"', '"precision": "float16"'),
+        ),
       }));
       return draw(page, "gpu32", "gpu", { device: "auto" }, { plan: "steps_1" });
     });

@@ -48,11 +48,18 @@ export async function openSite(bundles: string[], isolated = false): Promise<Sit
   const answer = (request: IncomingMessage, response: ServerResponse): void => {
     const path = new URL(request.url!, "http://localhost").pathname;
     asked.push(path);
-    const found = path === "/bundles.json" ? Buffer.from(catalog) : path === "/blank" ? Buffer.from("<!doctype html>") : file(path);
+    const found =
+      path === "/bundles.json" ? Buffer.from(catalog) : path === "/blank" ? Buffer.from("<!doctype html>") : file(path);
     const fault = found && faults.get(path);
-    const { body, status, type, stopAfter } = fault ? fault(found) : { body: found ?? new Uint8Array(), status: found ? 200 : 404 };
+    const { body, status, type, stopAfter } = fault
+      ? fault(found)
+      : { body: found ?? new Uint8Array(), status: found ? 200 : 404 };
     response.writeHead(status ?? 200, {
-      "content-type": type ?? (path === "/blank" ? "text/html" : (TYPES[extname(path)] ?? (path.endsWith("/") ? "text/html" : "application/octet-stream"))),
+      "content-type":
+        type ??
+        (path === "/blank"
+          ? "text/html"
+          : (TYPES[extname(path)] ?? (path.endsWith("/") ? "text/html" : "application/octet-stream"))),
       "cache-control": "no-cache",
       "content-length": body.length,
       ...(isolated && { "cross-origin-opener-policy": "same-origin", "cross-origin-embedder-policy": "require-corp" }),

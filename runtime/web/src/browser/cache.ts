@@ -45,7 +45,10 @@ export async function openStore(full: (why: string) => void = () => undefined): 
   /** A Response is written whole or not at all, also when the tab is closed meanwhile. */
   const keep = async (key: string, data: Uint8Array): Promise<boolean> => {
     try {
-      await cache.put(key, new Response(data as Uint8Array<ArrayBuffer>, { headers: { "content-length": `${data.length}` } }));
+      await cache.put(
+        key,
+        new Response(data as Uint8Array<ArrayBuffer>, { headers: { "content-length": `${data.length}` } }),
+      );
       return true;
     } catch (error) {
       full(await whyNotKept(error, data.length));

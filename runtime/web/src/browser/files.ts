@@ -63,7 +63,12 @@ export function webFiles(base: string, { store, onFile }: WebFilesOptions = {}):
     const data = await download(base + path, path, { exactly: spec.bytes, progress, signal });
     const hash = await sha256(data);
     if (hash !== spec.sha256)
-      throw new FewstepError("bundle", `${path} has been changed or damaged: its sha256 is ${hash}`, spec.sha256, AGAIN);
+      throw new FewstepError(
+        "bundle",
+        `${path} has been changed or damaged: its sha256 is ${hash}`,
+        spec.sha256,
+        AGAIN,
+      );
     await store?.put(spec.sha256, data);
     return data;
   };
@@ -82,11 +87,16 @@ const NETWORK = "a connection";
 
 /** One file into memory. Throws FewstepError of kind "files", "memory" or "cancelled" naming it. */
 async function download(url: string, path: string, { exactly, most, progress, signal }: Wanted): Promise<Uint8Array> {
-  const wrong = (found: string, expected = "", fix = AGAIN): FewstepError => new FewstepError("files", found, expected, fix);
+  const wrong = (found: string, expected = "", fix = AGAIN): FewstepError =>
+    new FewstepError("files", found, expected, fix);
   const stopped = (error: unknown): FewstepError => {
     if (signal?.aborted) return new FewstepError("cancelled", `cancelled while loading ${path}`);
     if (error instanceof FewstepError) return error;
-    return wrong(`${path} cannot be fetched from ${url}`, NETWORK, "check the connection and try again: what was loaded is kept");
+    return wrong(
+      `${path} cannot be fetched from ${url}`,
+      NETWORK,
+      "check the connection and try again: what was loaded is kept",
+    );
   };
   let response: Response;
   try {
@@ -96,7 +106,8 @@ async function download(url: string, path: string, { exactly, most, progress, si
     throw stopped(error);
   }
   if (response.status === 404) throw wrong(`${path} is missing: ${url} answers 404`);
-  if (!response.ok) throw wrong(`${path} cannot be fetched: ${url} answers ${response.status} ${response.statusText}`.trim());
+  if (!response.ok)
+    throw wrong(`${path} cannot be fetched: ${url} answers ${response.status} ${response.statusText}`.trim());
   const type = response.headers.get("content-type") ?? "";
   if (/^text\/html\b/i.test(type))
     throw wrong(`${path} is a web page: ${url} answers HTML`, "the file of the bundle", "check the address; " + AGAIN);
@@ -125,7 +136,8 @@ async function download(url: string, path: string, { exactly, most, progress, si
     await chunks.cancel().catch(() => undefined);
     throw stopped(error);
   }
-  if (exactly !== undefined && size !== exactly) throw wrong(`${path} ends after ${count(size)} bytes`, `${count(exactly)} bytes`);
+  if (exactly !== undefined && size !== exactly)
+    throw wrong(`${path} ends after ${count(size)} bytes`, `${count(exactly)} bytes`);
   return into.subarray(0, size);
 }
 

@@ -78,7 +78,8 @@ async function chooseVariant({ variants, device }: Open): Promise<[Variant, stri
   if (!any) throw new FewstepError("input", "no bundle to open", "the address of one");
   if (device === "wasm") return [any, "WebAssembly was asked for."];
   try {
-    if (!forGpu) throw new FewstepError("engine", "this bundle is made for the processor", "", "export it for web-webgpu");
+    if (!forGpu)
+      throw new FewstepError("engine", "this bundle is made for the processor", "", "export it for web-webgpu");
     await requireWebGpu(await precisionOf(forGpu));
     return [forGpu, ""];
   } catch (error) {
@@ -124,7 +125,11 @@ async function load(
       return engine.open(graph, spec);
     },
   };
-  const made = await loadPipeline(bundle, announcing, { onProgress: report.fetch, signal, lowMemory: message.lowMemory });
+  const made = await loadPipeline(bundle, announcing, {
+    onProgress: report.fetch,
+    signal,
+    lowMemory: message.lowMemory,
+  });
   const { height, width, multiple, fixed } = manifest.sample;
   const denoiser = manifest.parts[manifest.denoiser]!;
   const opened: Opened = {
@@ -155,7 +160,8 @@ function sizeOf(made: Pipeline, name: string): { steps: number; calls: number } 
 }
 
 /** Half of the cores, as onnxruntime-web takes by itself: the other half are often slower, or the same ones twice. */
-const coresToUse = (): number => Math.max(1, Math.min(MOST_THREADS, Math.ceil((navigator.hardwareConcurrency || 1) / 2)));
+const coresToUse = (): number =>
+  Math.max(1, Math.min(MOST_THREADS, Math.ceil((navigator.hardwareConcurrency || 1) / 2)));
 
 /** onnxruntime-web from this site, in the smallest build that does it. */
 async function openEngine(folder: string, device: "wasm" | "webgpu", threads: number): Promise<Engine> {
@@ -192,7 +198,9 @@ interface Report {
 function progressOf({ manifest }: Bundle, kept: Set<string>, tell: (progress: Loading) => void): Report {
   const needed = Object.entries(manifest.files).filter(([path]) => {
     const folder = path.slice(0, path.lastIndexOf("/") + 1);
-    const ofPart = Object.values(manifest.parts).some(({ graph }) => graph.slice(0, graph.lastIndexOf("/") + 1) === folder);
+    const ofPart = Object.values(manifest.parts).some(
+      ({ graph }) => graph.slice(0, graph.lastIndexOf("/") + 1) === folder,
+    );
     return (ofPart && /\.onnx(_data)?$/.test(path)) || path === manifest.tokenizer?.file;
   });
   const totalBytes = needed.reduce((sum, [, file]) => sum + file.bytes, 0);
