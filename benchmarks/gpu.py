@@ -173,7 +173,7 @@ def by_diffusers(case: Case, device: str, dtype: Any, mode: str | None) -> Calla
     """
     denoise, decode = (copy.deepcopy(each).to(device, dtype) for each in (case.denoise, case.decode))
     if mode is not None:
-        how: dict[str, Any] = {"mode": mode} if device == "cuda" else {"backend": "aot_eager"}
+        how: dict[str, Any] = {"mode": mode} if device == "cuda" else {"backend": "eager"}
         denoise, decode = (torch.compile(each, fullgraph=True, **how) for each in (denoise, decode))
     scheduler = _scheduler()
     scheduler.set_timesteps(STEPS, device=device)

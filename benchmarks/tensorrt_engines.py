@@ -2,15 +2,18 @@
 
     python benchmarks/tensorrt_engines.py models/emoji-64 [--keep DIR]
     python benchmarks/tensorrt_engines.py arch:sd15
+    python benchmarks/tensorrt_engines.py arch:bk-sdm-tiny --parts vae_decoder text_encoder --into sd15
 
+The third line does SD-1.5's smaller parts without loading its U-Net: they are the same in both architectures.
 For compute capabilities 8.6, 8.9 and 12.0, in float16 and in int8 with Q/DQ around float16. Each engine is built in a
 process of its own. Weights are rounded to nearest and inputs at ranges of noise: what matters here is whether engines
-are built, not what they draw. Writes results/tensorrt_NAME.json.
+are built, not what they draw. Writes results/tensorrt_NAME.json, part by part over what is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import tempfile
 import time
@@ -18,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import save
+from common import RESULTS, save
 
 from fewstep.export import child, onnx, parts
 from fewstep.export import tensorrt as lowering
@@ -69,16 +72,23 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("source")
     parser.add_argument("--keep", type=Path, help="leave the graphs here")
+    parser.add_argument("--parts", nargs="*", help="these alone")
+    parser.add_argument("--into", help="NAME of the results; otherwise the source's")
     parser.add_argument("--only", choices=("float16", "int8"), help="one of the two")
     args = parser.parse_args()
     import tensorrt_engines as this  # a process of its own looks `build` up by a name it can import
 
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    results: dict[str, Any] = {"library": tensorrt.library_version(), "opset": OPSET, "parts": {}}
-    with tempfile.TemporaryDirectory(prefix="trt-") as name:
-        work = args.keep or Path(name)
+    name = f"tensorrt_{args.into or Path(args.source.replace('arch:', '')).name}"
+    before = RESULTS / f"{name}.json"
+    known = json.loads(before.read_text())["parts"] if before.exists() else {}
+    results: dict[str, Any] = {"library": tensorrt.library_version(), "opset": OPSET, "parts": known}
+    with tempfile.TemporaryDirectory(prefix="trt-") as folder:
+        work = args.keep or Path(folder)
         model = parts.fixed(load(args.source if args.source.startswith("arch:") else Path(args.source)))
         for part in model:
+            if args.parts and part.name not in args.parts:
+                continue
             for kind in (args.only,) if args.only else ("float16", "int8"):
                 graph = lower(in_integers(part) if kind == "int8" else part, work / kind / part.name)
                 found: dict[str, Any] = {
@@ -89,7 +99,7 @@ def main() -> None:
                     found[capability] = {**done.value, "peak_rss_bytes": done.peak_rss_bytes}
                     print(part.name, kind, capability, found[capability], flush=True)
                 results["parts"][f"{part.name} {kind}"] = found
-    save(f"tensorrt_{Path(args.source.replace('arch:', '')).name}", results)
+                save(name, results)
 
 
 if __name__ == "__main__":
