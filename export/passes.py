@@ -32,7 +32,7 @@ from ..runtime.progress import Progress, within
 from ..targets import Target, read_table
 from .plans import plan_of
 
-__all__ = ["PASSES", "configured", "run_passes"]
+__all__ = ["PASSES", "check_bits", "configured", "run_passes"]
 
 PASSES: Mapping[str, type[Pass]] = {
     "cut_blocks": CutBlocks,
@@ -65,7 +65,7 @@ BYTES_ALONE = ("litert",)
 
 
 def configured(target: Target) -> list[tuple[str, Pass]]:
-    """The passes of the target's recipe with their fields. Raises BadInput, also for bits its engine cannot take."""
+    """The passes of the target's recipe with their fields. Raises BadInput."""
     found = []
     for name in target.recipe.passes:
         if name not in PASSES:
@@ -75,21 +75,23 @@ def configured(target: Target) -> list[tuple[str, Pass]]:
                 fix="take it out of [recipe] passes",
             )
         each = read_table(PASSES[name], target.recipe.options.get(name, {}), "the recipe", name)
-        if isinstance(each, Quantize) and target.backend.engine in BYTES_ALONE:
-            _check_bytes(each, target)
         found.append((name, each))
     return found
 
 
-def _check_bytes(each: Quantize, target: Target) -> None:
-    for text in (each.scheme, each.decoder, each.text):
-        scheme = parse_scheme(text or "w8")
-        if scheme.weights != 8 or scheme.inputs not in (None, 8):
-            raise BadInput(
-                f"scheme {text!r} on {target.id}",
-                expected=f"w8a8 or w8: {target.backend.engine}'s kernels take weights and inputs of 8 bits",
-                fix="--quantize w8a8, or another target (fewstep targets)",
-            )
+def check_bits(target: Target) -> None:
+    """Raises BadInput for a recipe that asks for bits the target's engine has no kernels for."""
+    for _, each in configured(target):
+        if not isinstance(each, Quantize) or target.backend.engine not in BYTES_ALONE:
+            continue
+        for text in (each.scheme, each.decoder, each.text):
+            scheme = parse_scheme(text or "w8")
+            if scheme.weights != 8 or scheme.inputs not in (None, 8):
+                raise BadInput(
+                    f"scheme {text!r} on {target.id}",
+                    expected=f"w8a8 or w8: {target.backend.engine}'s kernels take weights and inputs of 8 bits",
+                    fix="--quantize w8a8, or another target (fewstep targets)",
+                )
 
 
 def run_passes(

@@ -28,7 +28,7 @@ from ..targets import Target, load_target
 from . import child, gate, parts, preflight, second, sidefiles, speed
 from .foresee import Foreseen, check_fits, foresee, planned, sketched
 from .formats import Here
-from .passes import configured, run_passes, steps_of
+from .passes import check_bits, run_passes, steps_of
 from .plans import plan_of, plans_of, traced_sampler
 from .preflight import gib
 
@@ -107,7 +107,7 @@ def export_bundle(
         device = device.with_profile(Path(profile))
     require(device.backend.engine)
     check_steps(device.recipe.steps if steps is None else steps)
-    configured(device)
+    check_bits(device)
     sampler = device.recipe.sampler if sampler is None else sampler
     if sampler != "model":
         plan(sampler, 1, DiscreteVP.from_schedule("linear", 1e-4, 0.02, 1000))  # refuses an unknown name
