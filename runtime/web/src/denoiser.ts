@@ -4,7 +4,7 @@ import type { NamedTensor, Session } from "./engine.js";
 import { FewstepError, count } from "./errors.js";
 import type { PartSpec } from "./manifest.js";
 import type { Denoise } from "./plan.js";
-import { concatenate, toFloats, toTensor } from "./tensors.js";
+import { concatenate, times, toFloats, toTensor } from "./tensors.js";
 
 /** One sample's value of an input besides sample and timestep: its sizes without the batch. */
 export interface Condition {
@@ -81,8 +81,7 @@ export function denoiser(session: Session, name: string, spec: PartSpec, shape: 
   const nothing = how.unconditional && [how.unconditional];
   const both = how.unconditional && [how.unconditional, how.condition];
   return async (z, call) => {
-    const scale = Math.fround(call.scale);
-    const sample = call.scale === 1 ? z : z.map((v) => v * scale);
+    const sample = call.scale === 1 ? z : times(z, call.scale);
     let out: Float32Array;
     if (call.guided && nothing && both && how.scale !== 1) {
       const [uncond, cond] = one
@@ -96,7 +95,7 @@ export function denoiser(session: Session, name: string, spec: PartSpec, shape: 
       }
     } else [out] = (await network([sample], call.timestep, alone)) as [Float32Array];
     const [a, b, c] = call.x0.map(Math.fround) as [number, number, number];
-    const x0 = out.subarray(0, size).map((v) => v * b);
+    const x0 = times(out.subarray(0, size), b);
     if (a !== 0) for (let i = 0; i < size; i++) x0[i]! += Math.fround(z[i]! * a);
     if (c !== 0) for (let i = 0; i < size; i++) x0[i]! += Math.fround(how.observation![i]! * c);
     return out.length === size ? { x0 } : { x0, variance: out.subarray(size) };

@@ -10,7 +10,7 @@ import { noise } from "./noise.js";
 import { type Denoise, type Plan, readPlan, runPlan } from "./plan.js";
 import { type Request, checkSubjects, guidanceOf, sampleShape } from "./request.js";
 import { type Json, parseJson } from "./strictjson.js";
-import { toFloats, toTensor } from "./tensors.js";
+import { allFinite, toFloats, toTensor } from "./tensors.js";
 import { type Tokenizer, openTokenizer } from "./tokenizer.js";
 
 export type { Image };
@@ -208,7 +208,7 @@ export async function loadPipeline(bundle: Bundle, engine: Engine, options: Pipe
     const latents = request.latents ?? stream(size);
     for (const array of [latents, ...(request.given ?? [])])
       check(
-        array.length === size && array.every(Number.isFinite),
+        array.length === size && allFinite(array),
         `an array of ${count(array.length)} values`,
         `${count(size)} finite ones, of shape ${shape.join("x")}`,
       );
@@ -319,7 +319,7 @@ interface Sampled {
 
 /** The output as it is. Throws FewstepError for NaN or infinity, which a picture would hide. */
 function finite(part: string, output: Float32Array): Float32Array {
-  if (output.every(Number.isFinite)) return output;
+  if (allFinite(output)) return output;
   const fix = "a layer overflows in this precision; export that part in float32";
   throw new FewstepError("numbers", `${part}: the network's output holds NaN or infinity`, "", fix);
 }

@@ -4,6 +4,7 @@ import { FewstepError, checkSignal } from "./errors.js";
 import { IDENTIFIER } from "./manifest.js";
 import { type Policy, applyPolicies, readPolicies, shiftTime } from "./policies.js";
 import { type Json, isObject, shown } from "./strictjson.js";
+import { allFinite, times } from "./tensors.js";
 
 /** Kind: "x" is a state, "d" the prediction of a call, "n" a fresh noise, "y" a given array, "z" the start noise. */
 export type Term = [kind: string, index: number, coefficient: number];
@@ -158,7 +159,7 @@ function combine(terms: Term[], value: (kind: string, index: number) => Float32A
   const [kind, index, c] = terms[0]!;
   const first = value(kind, index);
   if (terms.length === 1 && c === 1) return first;
-  const total = first.map((v) => v * Math.fround(c));
+  const total = times(first, c);
   for (const [otherKind, otherIndex, otherC] of terms.slice(1)) {
     const other = value(otherKind, otherIndex);
     const factor = Math.fround(otherC);
@@ -222,7 +223,7 @@ export async function* runPlan(
     const z = combine(call.input, value);
     const predicted = (await shiftTime(call, z, batch, denoise)) ?? (await denoise(z, call));
     const { x0, noiseScale } = applyPolicies(call.policies, predicted, batch);
-    if (!x0.every(Number.isFinite))
+    if (!allFinite(x0))
       throw new FewstepError(
         "numbers",
         `call ${k + 1} of ${plan.calls.length}, ${call.graph} at timestep ${call.timestep}: ` +

@@ -33,6 +33,19 @@ export function toFloats({ dtype, data }: NamedTensor): Float32Array {
   throw new FewstepError("bundle", `a graph that gives ${dtype}`, "float32 or float16", "export it again");
 }
 
+/** values * factor in float32. Loops, not callbacks: those would put every number on the heap. */
+export function times(values: Float32Array, factor: number): Float32Array {
+  const out = new Float32Array(values.length);
+  const single = Math.fround(factor);
+  for (let i = 0; i < out.length; i++) out[i] = values[i]! * single;
+  return out;
+}
+
+export function allFinite(values: Float32Array): boolean {
+  for (let i = 0; i < values.length; i++) if (!(Math.abs(values[i]!) < Infinity)) return false;
+  return true;
+}
+
 /** Samples one after the other. */
 export function concatenate(arrays: readonly Float32Array[]): Float32Array {
   if (arrays.length === 1) return arrays[0]!;
