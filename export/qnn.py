@@ -69,7 +69,7 @@ def lower(traced: Traced, folder: Path, target: Target) -> PartSpec:
         folder,
         opset=max(OPSET, target.backend.opset),
         convention=HEXAGON,
-        rewrite=None if part.quantized is None else split_layer_norms,
+        rewrite=None if part.quantized is None else rewrite,
     )
     return PartSpec(
         "qnn",
@@ -93,6 +93,12 @@ def check(part: Part) -> None:
     for name, layer in {} if part.quantized is None else part.quantized.layers.items():
         weights = layer.weights
         even = weights.bits == 8 and weights.groups == 1 and weights.zero is None
+        if weights.shape[1:] == (1,):
+            raise BadInput(
+                f"{part.name}.{name} is a linear layer of one input",
+                expected="more: QNN 2.51 compiles that one for ever in integers",
+                fix=f'leave it in floating point: keep = ["{part.name}.{name}"] under [quantize] of a --recipe',
+            )
         ends = [how.bits for how in (layer.input, layer.output) if how is not None]
         if not even or (ends != [16, 16] and not _is_table(part, name)):
             raise BadInput(
@@ -104,6 +110,35 @@ def check(part: Part) -> None:
 
 def _is_table(part: Part, name: str) -> bool:
     return type(dict(part.module.named_modules())[name]).__name__ == "Embedding"
+
+
+def rewrite(model: Any) -> None:
+    """What QNN 2.51 and its plug-in 2.7 get wrong beside integers, in other words."""
+    round_group_norms(model)
+    split_layer_norms(model)
+
+
+def round_group_norms(model: Any) -> None:
+    """Round a group norm's result at once where that is only laid out otherwise before it is rounded.
+
+    The plug-in moves such a rounding up to the norm by itself, and then does not know its size.
+    """
+    from .nodes import Writer
+
+    writer = Writer(model.graph, "round")
+    for node in list(model.graph):
+        if node.op_type != "GroupNormalization":
+            continue
+        for use in list(node.outputs[0].uses()):
+            after = use.node
+            while after is not None and after.op_type in ("Reshape", "Transpose"):
+                after = next((reader.node for reader in after.outputs[0].uses()), None)
+            if after is use.node or after is None or after.op_type != "QuantizeLinear":
+                continue
+            writer.before = use.node
+            ends = after.inputs[1:]
+            rounded = writer.add("QuantizeLinear", node.outputs[0], *ends)
+            use.node.replace_input_with(use.idx, writer.add("DequantizeLinear", rounded, *ends))
 
 
 def split_layer_norms(model: Any) -> None:

@@ -37,11 +37,11 @@ class Ranges:
 
     def codes(self) -> tuple[Activations, Activations]:
         """Of the input and of the output."""
-        first, second = (codes_of_range(*(HEADROOM * end for end in ends), BITS) for ends in self._ends())
-        return first, second
+        return _codes(*self.input), _codes(*self.output)
 
-    def _ends(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        return self.input, self.output
+
+def _codes(low: float, high: float) -> Activations:
+    return codes_of_range(HEADROOM * low, HEADROOM * high, BITS)
 
 
 def output_ranges(

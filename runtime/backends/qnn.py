@@ -163,6 +163,7 @@ def _session(
     provider = {
         "backend_path": onnxruntime_qnn.get_qnn_htp_path(),
         "enable_htp_fp16_precision": "1",  # for what the graph leaves in floating point
+        "offload_graph_io_quantization": "0",  # the first and the last rounding are the NPU's as well
         "htp_performance_mode": "burst",
     }
     if soc is not None:
