@@ -23,9 +23,6 @@ from .work import Layer, Work
 
 __all__ = ["Forecast", "PartForecast", "demand_of", "forecast", "scheme_of"]
 
-NODE_BYTES = 640
-"""Of a graph, for each operator torch calls: 350 to 1,000 in the bundles of emoji-64 (benchmarks/preflight.py)."""
-
 SIDE_BYTES = 256 << 10
 """Manifest, tokenizer and licences of a bundle: emoji-64's take 195 KiB."""
 
@@ -42,7 +39,7 @@ class PartForecast:
     memory_bytes: int
     """Once it has run, without the process it runs in."""
     call_s: float
-    """One call as the default plan makes it."""
+    """One call as the default plan makes it, with what the runtime does for it."""
     calls: int
     """Of them in a picture."""
     precision: str
@@ -117,7 +114,7 @@ def forecast(model: Model, works: Mapping[str, Work], target: Target, plan: Plan
         parts[part.name] = PartForecast(
             size,
             round(profile.memory(mine, precision)),
-            profile.seconds(mine, precision),
+            profile.seconds(mine, precision) + profile.between_us * 1e-6 * bool(profile.rates),
             count,
             precision,
             profile.shares(mine, precision),
@@ -194,7 +191,9 @@ def demand_of(
             each = layer.outputs / layer.calls / layer.rows * layer.weights / layer.rows
             amounts["spilled" if each > profile.cache_mib * 2**20 else "gathered"] += each * layer.calls
             copied = max(copied, each)
-    size = round(disk + NODE_BYTES * work.operators)
+    if amounts["weights"] <= profile.cache_mib * 2**20:
+        amounts["cached"] = amounts.pop("weights")
+    size = round(disk + profile.node_bytes * work.operators)
     demand = Demand(
         **amounts,
         attention=work.attention,

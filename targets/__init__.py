@@ -207,7 +207,19 @@ def _profile(data: Any, file: Path, over: Profile = Profile()) -> Profile:  # no
                     f"{file}: [profile.{name}] {key} is {value!r}", expected="a number, not below 0"
                 )
     profile: Profile = read_table(Profile, keys, file, "profile", over=replace(over, rates=rates))
-    if profile.cores < 1 or not 0 <= profile.parallel <= 1 or not 0 <= profile.base_mib < float("inf"):
+    sizes = (
+        profile.base_mib,
+        profile.between_us,
+        profile.stored_bits,
+        profile.inline_mib,
+        profile.cache_mib,
+        profile.node_bytes,
+    )
+    if (
+        profile.cores < 1
+        or not 0 <= profile.parallel <= 1
+        or not all(0 <= each < float("inf") for each in sizes)
+    ):
         said = f"cores {profile.cores}, parallel {profile.parallel}, base_mib {profile.base_mib}"
         raise BadInput(
             f"{file}: [profile] {said}", expected="at least one core, a share of 0 to 1, no negative memory"

@@ -19,7 +19,7 @@ __all__ = ["CLASSES", "Demand", "Profile", "Rates"]
 
 CLASSES = (
     *("convolution", "linear", "attention"),
-    *("moved", "gathered", "spilled", "weights"),
+    *("moved", "gathered", "spilled", "weights", "cached"),
     *("operators", "calls"),
 )
 """Amounts of a Demand, in this order: operations, bytes, and kernels started."""
@@ -40,7 +40,9 @@ class Demand:
     spilled: float = 0.0
     """The same where they do not fit into the last cache."""
     weights: float = 0.0
-    """Bytes of weights read."""
+    """Bytes of weights read from memory."""
+    cached: float = 0.0
+    """Bytes of weights read where all of them stay in the last cache from call to call."""
     operators: float = 0.0
     """Kernels started."""
     calls: float = 1.0
@@ -86,6 +88,7 @@ class Rates:
     gathered_gb_s: float = 0.0
     spilled_gb_s: float = 0.0
     weights_gb_s: float = 0.0
+    cached_gb_s: float = 0.0
     operator_us: float = 0.0
     """Microseconds a kernel takes whatever it does."""
     call_us: float = 0.0
@@ -102,7 +105,7 @@ class Rates:
         """By CLASSES: of one operation, byte, kernel or call."""
         rates = (
             *(self.convolution_gops, self.linear_gops, self.attention_gops),
-            *(self.moved_gb_s, self.gathered_gb_s, self.spilled_gb_s, self.weights_gb_s),
+            *(self.moved_gb_s, self.gathered_gb_s, self.spilled_gb_s, self.weights_gb_s, self.cached_gb_s),
         )
         return (
             *(1e-9 / rate if rate else 0.0 for rate in rates),
@@ -117,9 +120,9 @@ class Rates:
     @classmethod
     def of_seconds(cls, seconds: tuple[float, ...], memory: Rates) -> Rates:
         """The inverse of `seconds`; what memory is taken is that of other rates."""
-        names = [f"{name}_gops" for name in CLASSES[:3]] + [f"{name}_gb_s" for name in CLASSES[3:7]]
+        names = [f"{name}_gops" for name in CLASSES[:3]] + [f"{name}_gb_s" for name in CLASSES[3:8]]
         found = {name: 1e-9 / each if each else 0.0 for name, each in zip(names, seconds, strict=False)}
-        found |= {"operator_us": seconds[7] * 1e6, "call_us": seconds[8] * 1e6}
+        found |= {"operator_us": seconds[8] * 1e6, "call_us": seconds[9] * 1e6}
         return replace(memory, **{name: float(f"{value:.4g}") for name, value in found.items()})
 
 
@@ -131,17 +134,21 @@ class Profile:
     """Share of a core's speed that each core beyond the first adds."""
     base_mib: float = 0.0
     """Memory of a process with the runtime and the engine in it and no network."""
+    between_us: float = 0.0
+    """Microseconds of the runtime itself for each call of a network: tokens, noise, the sampler, copies."""
     gathers: bool = False
     """Whether an integer convolution is a gather of pixels and a product there."""
     inline_mib: float = 0.0
     """Float32 weights of a part up to which they lie inside its graph, which is parsed as a whole."""
     cache_mib: float = 32.0
-    """The last cache of a processor: gathers of more are slow."""
+    """The last cache of a processor: gathers of more are slow, and weights of less are read quickly."""
     unpacks: bool = False
     """Whether weights that alone are integers lie in memory as floats."""
     stored_bits: float = 0.0
     """Of every weight on disk and in memory, where the format compresses them whatever the recipe says; 0: it does
     not."""
+    node_bytes: int = 640
+    """Of a graph on disk, for each operator torch calls: 350 to 1,000 in ONNX files (benchmarks/preflight.py)."""
     schemes: tuple[str, ...] = ("w8a8", "w4a8")
     """Quantizations to try where a model does not fit, the better picture first."""
     rates: Mapping[str, Rates] = field(default_factory=dict)

@@ -27,6 +27,9 @@ a class that none of them has much of keeps its ratio to what is known."""
 TURNS = 4000
 """Of coordinate descent: nine unknowns settle in a few hundred."""
 
+LEAST = 0.2
+"""Share of a call's time that is its network's at least, where the runtime's own is not known well."""
+
 STAGES = {"text": "text_encoder", "decode": "vae_decoder"}
 """Stage of a picture -> the part that runs in it; the rest is the denoiser's."""
 
@@ -132,7 +135,10 @@ def host_profile(bundles: Sequence[Measured], threads: int) -> Profile:
     for each in bundles:
         for stage, (_, table, demand, count) in stages_of(each.manifest).items():
             if each.stages.get(stage):
-                calls.setdefault(table, []).append((demand, each.stages[stage] / count * speed))
+                inside = each.stages[stage] / count - known.between_us * 1e-6
+                calls.setdefault(table, []).append(
+                    (demand, max(inside, LEAST * each.stages[stage] / count) * speed)
+                )
     if not calls:
         raise BadInput(
             "these bundles do not say what their networks do",

@@ -122,3 +122,42 @@ def test_a_killed_export_leaves_nothing_under_the_final_name_and_the_next_one_cl
     assert not (tmp_path / "bundle").exists()
     assert fewstep(*words, cwd=tmp_path).returncode == 0
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_dry_run_foresees_the_bundle_as_data(main, tiny_sd, tmp_path):
+    code, text, err = main(
+        "export", tiny_sd, *TARGET, "-o", tmp_path / "b", "--steps", "4", "--dry-run", "--json"
+    )
+    assert code == 0, err
+    data = json.loads(text)
+    assert data["fits"] is True
+    assert data["forecast"]["steps"] == 4
+    assert data["forecast"]["parts"]["unet"]["calls"] == 4
+    assert data["forecast"]["picture_s"] > 0
+    assert data["others"]["w8a8"]["size_bytes"] < data["forecast"]["size_bytes"]
+
+
+def test_a_dry_run_takes_the_rates_of_a_host(main, tiny_sd, tmp_path):
+    file = tmp_path / "host.toml"
+    file.write_text("[profile]\ncores = 1\n[profile.float32]\noperator_us = 1000000\n")
+    code, text, err = main(
+        "export", tiny_sd, *TARGET, "-o", tmp_path / "b", "--dry-run", "--json", "--profile", file
+    )
+    assert code == 0, err
+    assert json.loads(text)["forecast"]["parts"]["unet"]["call_s"] > 100
+    file.write_text("[profile]\ncores = 'many'\n")
+    refused(
+        main("export", tiny_sd, *TARGET, "-o", tmp_path / "b", "--dry-run", "--profile", file),
+        "cores is 'many'",
+    )
+
+
+def test_a_dry_run_of_what_cannot_fit_fails_and_says_what_would(main, tmp_path):
+    words = ("export", "arch:sd15", "--target", "android-cpu", "-o", tmp_path / "b")
+    code, text, _ = main(*words, "--dry-run", "--json")
+    data = json.loads(text)
+    assert (code, data["fits"]) == (2, False)
+    assert data["wrong"][0].startswith("unet does not fit: 3.2 GiB of 2.0 GiB a part")
+    assert "--quantize w8a8" in data["remedy"]
+    refused(main(*words), "unet does not fit: 3.2 GiB of 2.0 GiB a part")
+    assert not list(tmp_path.iterdir())
