@@ -108,21 +108,10 @@ def stand_in(spec: PartSpec, target: Target) -> Here:
 
 
 def on_this_host(path: Path, spec: PartSpec) -> Session:
-    """The graph in ONNX Runtime. It takes a float16 graph, and computes most of it in float32."""
-    import onnxruntime
+    """The graph in ONNX Runtime, which computes most of float16 in float32: what is too large for it is watched."""
+    from .tensorrt_watch import open_watched
 
-    from ..runtime.backends.onnxruntime import OnnxRuntimeSession
-
-    session = onnxruntime.SessionOptions()
-    session.log_severity_level = 3  # errors only
-    # of signed integers it makes unsigned ones at opset 21 and later, and then refuses its own graph (1.31.1)
-    opened = onnxruntime.InferenceSession(
-        str(path),
-        session,
-        providers=["CPUExecutionProvider"],
-        disabled_optimizers=["QDQPropagationTransformer"],
-    )
-    return OnnxRuntimeSession(opened)
+    return open_watched(path, spec)
 
 
 def as_it_takes(quantized: Quantized, part: Part) -> Quantized:

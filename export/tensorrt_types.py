@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..runtime.errors import BadInput
 from .nodes import Writer
 
-__all__ = ["LEAST_HALF", "MAX_HALF", "halve"]
+__all__ = ["LEAST_HALF", "MAX_HALF", "halve", "types_of"]
 
 Array = NDArray[Any]
 
@@ -47,15 +47,10 @@ def halve(model: ir.Model) -> None:
     the point in float16, and sines of it are others. Raises BadInput for a weight that float16 cannot hold.
     """
     graph = model.graph
-    exact, types = _exact(graph), dict[ir.Value, ir.DataType]()
+    exact, types = _exact(graph), _given(graph)
     twins: dict[ir.Value, ir.Value] = {}
     wanted = [output.dtype for output in graph.outputs]
     writer = Writer(graph, "h")
-    for value in (*graph.inputs, *graph.initializers.values()):
-        held = value.const_value if value.is_initializer() else value
-        assert held is not None
-        assert held.dtype is not None
-        types[value] = held.dtype
     for node in list(graph):
         if node not in exact and node.op_type != "Cast":
             writer.before = node
@@ -80,6 +75,25 @@ def halve(model: ir.Model) -> None:
     for place, (output, dtype) in enumerate(zip(graph.outputs, wanted, strict=True)):
         if types[output] == HALF and dtype == FLOAT:
             graph.outputs[place] = _whole(writer, output)
+
+
+def types_of(graph: ir.Graph) -> dict[ir.Value, ir.DataType]:
+    """Of every value, whether the file says so or not."""
+    types = _given(graph)
+    for node in graph:
+        types.update({output: _type_of(node, place, types) for place, output in enumerate(node.outputs)})
+    return types
+
+
+def _given(graph: ir.Graph) -> dict[ir.Value, ir.DataType]:
+    """Of inputs and initializers."""
+    types = {}
+    for value in (*graph.inputs, *graph.initializers.values()):
+        held = value.const_value if value.is_initializer() else value
+        assert held is not None
+        assert held.dtype is not None
+        types[value] = held.dtype
+    return types
 
 
 def _exact(graph: ir.Graph) -> set[ir.Node]:

@@ -188,6 +188,18 @@ def test_a_weight_float16_cannot_hold_is_refused_by_name(part, tmp_path):
         lowering.lower(translation.trace(part), tmp_path, load_target(RTX))
 
 
+def test_what_float16_cannot_hold_on_the_way_fails_the_gate_by_node(part, tmp_path):
+    first = next(module for module in part.module.modules() if isinstance(module, torch.nn.Conv2d))
+    with torch.no_grad():
+        first.weight.fill_(4e3)  # 27 of them on ones: 108,000
+    spec = lowering.lower(translation.trace(part), tmp_path, load_target(RTX))
+    feeds = {"sample": np.ones((1, 3, 8, 8), np.float32), "timestep": np.zeros(1, np.float32)}
+    with pytest.raises(
+        GateFailed, match=r'unet: conv2d comes to 1.08e\+05, and float16 ends at 65504.*float32 = \["unet"\]'
+    ):
+        lowering.on_this_host(tmp_path / "model.onnx", spec).run(feeds)
+
+
 def test_what_stands_for_infinity_becomes_the_largest_number_of_float16(tmp_path):
     lowest = np.finfo(np.float32).min
     mask = helper.make_tensor("mask", TensorProto.FLOAT, (2,), [0.0, lowest])
