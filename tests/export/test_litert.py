@@ -265,9 +265,10 @@ def test_options_are_refused_by_name():
 # a whole pipeline
 
 
-def test_a_bundle_for_android_draws_and_says_what_ran_it(labelled, tmp_path):
+@pytest.mark.parametrize("scheme", ["w8a8", "w8"])
+def test_a_bundle_for_android_draws_and_says_what_ran_it(labelled, scheme, tmp_path):
     *_, done = export_bundle(
-        labelled, "android-cpu", tmp_path / "b", steps=2, quantize="w8a8", measure_speed=False
+        labelled, "android-cpu", tmp_path / "b", steps=2, quantize=scheme, measure_speed=False
     )
     manifest = Bundle.open(tmp_path / "b").manifest
     (spec,) = manifest.parts.values()
