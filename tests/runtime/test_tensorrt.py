@@ -333,14 +333,13 @@ def test_a_host_with_the_full_library_takes_that(monkeypatch):
     """Not the library itself, which cannot be installed here: that its name is what is imported, and no other."""
     full = SimpleNamespace(**{**vars(backend.trt), "__name__": "tensorrt", "__version__": "11.4"})
     del full.ComputeCapability
+    monkeypatch.setattr(backends, "tensorrt", backend)  # importing another sets it; this puts it back
     monkeypatch.setitem(sys.modules, "tensorrt", full)
     monkeypatch.delitem(sys.modules, "fewstep.runtime.backends.tensorrt")
     other = import_module("fewstep.runtime.backends.tensorrt")
     assert other.library_version() == "11.4"
     assert not other.FOR_RTX
     assert other.capabilities() == ()
-    monkeypatch.setitem(sys.modules, "fewstep.runtime.backends.tensorrt", backend)
-    monkeypatch.setattr(backends, "tensorrt", backend)
 
 
 @pytest.mark.parametrize("capability", ["8.6", "8.9", "12.0"])
