@@ -8,7 +8,7 @@ that the whole graph is one, for the emulator, and are thrown away: a device com
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 from ..model.libraries import library
 from ..model.model import Part
-from ..runtime.backends import Session
+from ..runtime.backends import Session, open_session
 from ..runtime.errors import BadInput
 from ..runtime.manifest import PartSpec
 from ..targets import Target, read_table
@@ -32,6 +32,10 @@ OPSET = 21
 BAD_ROWS = 16
 """Rows of a layer norm whose quantized result QNN 2.51 puts in the wrong places; 1 to 15, 17 to 1024 are right
 (benchmarks/hexagon.py)."""
+
+EMULATED_CELLS = 32 * 32
+"""Pixels or cells of an input up to which the emulator runs a part. emoji-64's U-Net has 256 and takes 1.4 core seconds
+a call (benchmarks/results/hexagon.json); SD-1.5's has 4,096, and a hundred times the weights: half an hour by that."""
 
 
 @dataclass(frozen=True)
@@ -170,10 +174,22 @@ def split_layer_norms(model: Any) -> None:
 
 
 def stand_in(spec: PartSpec, target: Target) -> Here:
-    """QNN's emulator of the target's Hexagon, on this host's processor."""
+    """QNN's emulator of the target's Hexagon; for what takes that hours, its compiler and ONNX Runtime's CPU."""
     options = options_of(target)
-    opener = partial(open_emulated, soc_model=options.soc_model, htp_arch=options.htp_arch)
-    return Here(spec, spec.precision, "emulated", opener)
+    pictures = (tensor.shape[2:] for tensor in spec.inputs if len(tensor.shape) == 4)
+    cells = max((prod(map(int, shape)) for shape in pictures), default=0)
+    how, opener = ("emulated", open_emulated) if cells <= EMULATED_CELLS else ("converted", open_converted)
+    chosen = partial(opener, soc_model=options.soc_model, htp_arch=options.htp_arch)
+    return Here(spec, spec.precision, how, chosen)
+
+
+def open_converted(
+    path: Path, spec: PartSpec, *, soc_model: int, htp_arch: int, threads: int | None = None
+) -> Session:
+    """The graph on ONNX Runtime's CPU, once that Hexagon's compiler took all of it. Raises as open_emulated does."""
+    with tempfile.TemporaryDirectory(prefix="fewstep-qnn-") as work:
+        _compile(path, Path(work) / "context.onnx", soc_model, htp_arch)
+    return open_session(path, replace(spec, engine="onnxruntime", device="cpu"), threads=threads)
 
 
 def open_emulated(
@@ -184,6 +200,16 @@ def open_emulated(
     Raises BundleError where some of the graph would be left to the CPU, naming the operators; BadInput where this
     host has no emulator.
     """
+    from ..runtime.backends import qnn
+
+    with tempfile.TemporaryDirectory(prefix="fewstep-qnn-") as work:
+        context = Path(work) / "context.onnx"
+        found, soc = _compile(path, context, soc_model, htp_arch)
+        return qnn.load_context(path, context, found, soc)
+
+
+def _compile(path: Path, context: Path, soc_model: int, htp_arch: int) -> tuple[Any, Any]:
+    """The device of the plug-in and the chip that it was compiled for."""
     library("onnxruntime_qnn")
     from ..runtime.backends import qnn
 
@@ -195,7 +221,5 @@ def open_emulated(
             fix="export on such a machine",
         )
     soc = qnn.Soc(soc_model, htp_arch)
-    with tempfile.TemporaryDirectory(prefix="fewstep-qnn-") as work:
-        context = Path(work) / "context.onnx"
-        qnn.compile_context(path, context, found, soc)
-        return qnn.load_context(path, context, found, soc)
+    qnn.compile_context(path, context, found, soc)
+    return found, soc

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the export extra")
@@ -172,6 +173,21 @@ def test_a_model_of_ones_own_becomes_a_bundle_that_says_it_was_emulated(tmp_path
     assert runs_in(part) is None
     with pytest.raises(BadInput, match="no Hexagon NPU"), Pipeline(Bundle.open(done.path)) as pipeline:
         pipeline(num_inference_steps=1)
+
+
+def test_what_would_take_the_emulator_hours_is_compiled_and_run_on_the_cpu(tmp_path):
+    model = parts.fixed(Model.from_module(Pixels(), sample_shape=(3, 40, 40), process=LINEAR))
+    part = model.parts["unet"]
+    spec = qnn.lower(translation.trace(part), tmp_path / "unet", TARGET)
+    here = qnn.stand_in(spec, TARGET)
+    assert here.how == "converted"
+    feeds = part.example.feeds(part.inputs, {}, 0) | {"timestep": np.array([500], np.float32)}
+    (got,) = gate.run_graph(tmp_path / "unet" / "model.onnx", spec, [feeds], here.opener)
+    assert snr(run_part(part, feeds)["out_sample"], got["out_sample"]) > 50
+    left = parts.fixed(Model.from_module(Left(), sample_shape=(3, 40, 40), process=LINEAR)).parts["unet"]
+    qnn.lower(translation.trace(left), tmp_path / "left", TARGET)
+    with pytest.raises(BundleError, match="left: QNN leaves"):
+        here.opener(tmp_path / "left" / "model.onnx", spec)
 
 
 def test_w8a16_of_a_recipe_is_judged_by_the_floors_of_int8(tmp_path):
