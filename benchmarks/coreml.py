@@ -93,11 +93,8 @@ def measure(
 
 
 IMAGES = {
-    "float16": {},
-    "8 bits": {"weights": "palette", "bits": 8},
     "6 bits": {"weights": "palette", "bits": 6},
     "6 bits, tables of 16 channels": {"weights": "palette", "bits": 6, "group": 16},
-    "4 bits": {"weights": "palette", "bits": 4},
     "4 bits, tables of 16 channels": {"weights": "palette", "bits": 4, "group": 16},
     "mixed 3 to 8": {
         "weights": "palette",
@@ -105,14 +102,15 @@ IMAGES = {
         "group": 16,
         "mixed": ["*conv_in=8", "*conv_out=8", "*time_emb*=8", "*.to_v=6", "*.to_out.0=6", "*shortcut=6"],
     },
-    "int8": {"weights": "linear", "bits": 8},
+    "float16": {},
+    "8 bits": {"weights": "palette", "bits": 8},
     "int4, blocks of 32": {"weights": "linear", "bits": 4, "group": 32},
 }
 
 
 def images() -> dict[str, Any]:
     """Bundles of emoji-64, whole: images against diffusers at equal seeds, as the gate draws them."""
-    found = {}
+    found, model = {}, load(MODELS["emoji-64"])
     for label, options in IMAGES.items():
         with tempfile.TemporaryDirectory(dir="/tmp") as work:
             recipe = Path(work) / "recipe.toml"
@@ -125,9 +123,7 @@ def images() -> dict[str, Any]:
             ]
             recipe.write_text("\n".join(["[backend.options]", *lines, *floors]) + "\n")
             out = Path(work) / "bundle"
-            events = list(
-                export_bundle(MODELS["emoji-64"], "mac-m-series", out, recipe=recipe, measure_speed=False)
-            )
+            events = list(export_bundle(model, "mac-m-series", out, recipe=recipe, measure_speed=False))
             done = events[-1]
             assert isinstance(done, Exported)
             quality = done.manifest.quality
@@ -201,17 +197,19 @@ def keep(section: str, found: Any) -> None:
     file = RESULTS / "coreml.json"
     known = json.loads(file.read_text()) if file.exists() else {}
     known.pop("host", None)
-    save("coreml", {**known, section: found})
+    before = known.get(section, {})
+    merged = {name: {**before.get(name, {}), **row} for name, row in found.items()}
+    save("coreml", {**known, section: {**before, **merged}})
 
 
 def main() -> None:
     what, *more = sys.argv[1:] or [""]
     if what == "parts":
         forms = {name: FORMS[name] for name in more[1].split(",")} if len(more) > 1 else FORMS
-        keep(f"{more[0]} parts", measure(more[0], forms))
+        measure(more[0], forms, set(more[2].split(",")) if len(more) > 2 else None)
     elif what == "phone":
         options = dict(load_target("iphone-15-pro").backend.options)
-        keep(f"{more[0]} phone", measure(more[0], {"phone": ("float16", options)}, {"unet"}))
+        measure(more[0], {"split, 6 bits, chunks": ("float16", options)}, {"unet"})
     elif what in ("images", "speed", "kmeans"):
         section = {"images": "images of emoji-64", "speed": "speed of emoji-64", "kmeans": "kmeans"}[what]
         keep(section, {"images": images, "speed": speed, "kmeans": kmeans}[what]())

@@ -159,7 +159,7 @@ def _within(package: Path, mib: int, work: Path) -> list[Path]:
     enough."""
 
     def size(of: Path) -> int:
-        return (of / "Data" / WEIGHTS / "weight.bin").stat().st_size >> 20
+        return -(-(of / "Data" / WEIGHTS / "weight.bin").stat().st_size // 2**20)
 
     if mib == 0 or size(package) <= mib:
         return [package]
