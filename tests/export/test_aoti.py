@@ -191,7 +191,7 @@ class Eager:
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo:UserWarning")  # about a cache in diffusers' code
-@pytest.mark.parametrize("arch", ["sd15", "sdxl"])
+@pytest.mark.parametrize("arch", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
 def test_the_gpu_benchmark_runs_end_to_end_on_a_cpu(gpu, monkeypatch, arch):
     monkeypatch.setattr(gpu, "open_session", Eager)
     found = gpu.main(["--device", "cpu", "--tiny", "--arch", arch, "--rounds", "1", "--no-save"])
