@@ -49,12 +49,8 @@ def library_version() -> str:
 def capabilities() -> tuple[str, ...]:
     """Compute capabilities that this library builds for without such a GPU at hand: "8.9" and so on."""
     known = getattr(trt, "ComputeCapability", None)
-    names = [] if known is None else [name[2:] for name in known.__members__ if name.startswith("SM")]
-    return tuple(
-        sorted(
-            (f"{name[:-1]}.{name[-1]}" for name in names), key=lambda each: tuple(map(int, each.split(".")))
-        )
-    )
+    numbers = [] if known is None else [int(name[2:]) for name in known.__members__ if name.startswith("SM")]
+    return tuple(f"{number // 10}.{number % 10}" for number in sorted(numbers))
 
 
 def runs_in(spec: PartSpec) -> str | None:

@@ -119,9 +119,7 @@ class Odd(torch.nn.Module):
 
 def test_an_operator_no_graph_may_hold_is_named(tmp_path):
     model = parts.fixed(Model.from_module(Odd(), sample_shape=(3, 8, 8), process=LINEAR, name="odd"))
-    with pytest.raises(
-        CheckpointError, match=r"is aten\S+, which graphs of ATen operators may not hold"
-    ):
+    with pytest.raises(CheckpointError, match=r"is aten\S+, which graphs of ATen operators may not hold"):
         lowering.write(translation.trace(model.parts[model.denoiser]), tmp_path)
 
 
