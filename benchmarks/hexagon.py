@@ -25,12 +25,13 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import torch
 from common import RESULTS, save
 from onnx import TensorProto, helper, numpy_helper
 
 from fewstep.export import gate, parts, qnn
 from fewstep.export import onnx as translation
-from fewstep.model import load
+from fewstep.model.load import sketch
 from fewstep.runtime.backends import qnn as backend
 from fewstep.runtime.bundle import Bundle
 from fewstep.runtime.manifest import PartSpec
@@ -137,9 +138,15 @@ def norms() -> dict[str, Any]:
 
 
 def sd15(name: str) -> dict[str, Any]:
-    """One part of SD-1.5 (random weights) lowered and compiled; one of its gate's cases run where that is quick."""
-    model = parts.fixed(load("arch:sd15"))
-    part = model.parts[name]
+    """One part of SD-1.5 (random weights) lowered and compiled."""
+    part = parts.fixed(sketch("arch:sd15")).parts[name]
+    torch.manual_seed(0)
+    part.module.to_empty(device="cpu")  # the other parts never have memory
+    for tensor in (*part.module.parameters(), *part.module.buffers()):
+        if tensor.is_floating_point():
+            torch.nn.init.normal_(tensor, std=0.02)
+        else:
+            tensor.copy_(torch.arange(tensor.numel()).reshape(tensor.shape))  # position_ids
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / name
         began = time.process_time()
