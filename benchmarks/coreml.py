@@ -47,7 +47,9 @@ def target_of(precision: str, options: dict[str, Any]) -> Target:
 
 
 def figures(part: Any, target: Target, work: Path) -> dict[str, Any]:
-    stored, folder = parts._store(part, work / f"{part.name}.pt"), work / "out" / part.name
+    stored, folder = work / f"{part.name}.pt", work / "out" / part.name
+    if not stored.exists():  # the part's own tensors are mapped from it
+        parts._store(part, stored)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     bare, began = replace(part, module=None), time.perf_counter()

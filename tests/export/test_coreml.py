@@ -442,7 +442,7 @@ def test_a_bundle_says_that_it_was_converted_and_how_near_it_is(bundle):
 
 def test_a_bundle_needs_a_mac_to_run(bundle):
     with pytest.raises(BadInput, match="Core ML has no"), Pipeline(bundle) as pipeline:
-        pipeline("a cat", steps=1)
+        pipeline("a cat")
 
 
 def test_what_apples_swift_package_loads_is_laid_out_from_the_bundle(bundle, tmp_path):
