@@ -40,8 +40,16 @@ def torch() -> Any:
     return library("torch")
 
 
+NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+"""LiteRT's converter brings torchao, diffusers imports what it finds, and all three warn of what only a GPU has use for."""
+
+
 def diffusers() -> Any:
     torch()  # diffusers imports without it, and fails much later
+    for name in NOISY:
+        logger = logging.getLogger(name)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.ERROR)
     return library("diffusers")
 
 
