@@ -4,8 +4,8 @@
     python benchmarks/web_node.py --keep FOLDER
 
 emoji-64 in float32 and int8, and cifar-dit, are exported with 8 steps and drawn by both on one thread. An overhead is
-what a picture takes outside ONNX Runtime's own calls, over what it takes inside them: of CPU time too, because on a busy
-machine the clock also counts the waiting. Exports take two minutes, and those in FOLDER are used again.
+what a picture takes outside ONNX Runtime's own calls, over what it takes inside them: of CPU time too, because on a
+busy machine the clock also counts the waiting. Exports take two minutes, and those in FOLDER are used again.
 """
 
 from __future__ import annotations

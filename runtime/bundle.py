@@ -92,7 +92,7 @@ class Bundle:
         return self.path / name
 
     def check_graphs(self) -> None:
-        """Pass every graph through the gate of its format: graphfile.py, irfile.py or atenfile.py. Raises BundleError."""
+        """Pass every graph through the gate of its format: the modules *file.py beside this. Raises BundleError."""
         for graph in sorted({part.graph for part in self.manifest.parts.values()}):
             if graph.endswith(".onnx"):
                 folder = graph.rpartition("/")[0]
