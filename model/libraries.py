@@ -41,7 +41,7 @@ def torch() -> Any:
 
 
 NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
-"""LiteRT's converter brings torchao, diffusers imports what it finds, and all three warn of what only a GPU has use for."""
+"""LiteRT brings torchao, diffusers imports what it finds, and all three warn of what only a GPU has use for."""
 
 
 def diffusers() -> Any:
