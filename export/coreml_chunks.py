@@ -87,7 +87,9 @@ class _Graph:
 
     @classmethod
     def of(cls, operations: list[Operation]) -> _Graph:
-        inputs, maker, constant = {}, {}, set()
+        inputs: dict[int, tuple[str, ...]] = {}
+        maker: dict[str, int] = {}
+        constant: set[int] = set()
         for place, op in enumerate(operations):
             bound = [binding for argument in op.inputs.values() for binding in argument.arguments]
             inputs[place] = tuple(
@@ -119,14 +121,14 @@ class _Graph:
 
 
 def _size(tensor: Any) -> int:
-    count = prod(dimension.constant.size for dimension in tensor.dimensions)
+    count: int = prod(dimension.constant.size for dimension in tensor.dimensions)
     return count * KINDS.get(tensor.dataType, (0, 1))[1]
 
 
 def _best_cut(graph: _Graph, steps: list[int]) -> int:
     """How many of `steps` go first: near half of the weights, where the fewest bytes cross."""
     seen: set[int] = set()
-    behind = []
+    behind: list[int] = []
     for place in steps:
         new = graph.constants_of([place]) - seen
         seen |= new
