@@ -25,8 +25,8 @@ from common import RESULTS, save
 
 from fewstep.export import child, onnx, parts
 from fewstep.export import tensorrt as lowering
+from fewstep.export.halves import halve
 from fewstep.export.qdq import TENSORRT
-from fewstep.export.tensorrt_types import halve
 from fewstep.model import load
 from fewstep.model.model import Part
 from fewstep.model.quantized import Activations, Layer, Quantized

@@ -96,7 +96,9 @@ def planned(
 
 
 def _split(model: Model) -> Model:
-    device = next(model.parts[model.denoiser].module.parameters()).device  # a sketch has no memory to copy from
+    device = next(
+        model.parts[model.denoiser].module.parameters()
+    ).device  # a sketch has no memory to copy from
     work = SplitUpsampling()(model, None)  # type: ignore[arg-type]  # it asks nothing of its context
     with torch().device(device):
         while True:

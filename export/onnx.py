@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..model.libraries import library, quiet, torch
 from ..model.model import Part
-from ..runtime.errors import CheckpointError, FewstepError, MissingExtra
+from ..runtime.errors import BadInput, CheckpointError, FewstepError, MissingExtra
 from ..runtime.manifest import PartSpec
 from ..targets import Target
 from .formats import Here
@@ -70,12 +70,20 @@ def trace(part: Part) -> Traced:
 
 def lower(traced: Traced, folder: Path, target: Target) -> PartSpec:
     """For ONNX Runtime on `target`; see `write`. Inputs and outputs are float32 in every precision."""
-    recipe = target.recipe
-    if recipe.precision == "float16":
-        from .halves import in_float16
-
-        traced = trace(in_float16(traced.part))
-    spec = write(traced, folder, opset=target.backend.opset, fuse_attention=recipe.fuse_attention)
+    recipe, part = target.recipe, traced.part
+    if recipe.precision == "float16" and part.quantized is not None:
+        raise BadInput(
+            f"{part.name} is quantized, and its precision is to be float16",
+            expected="one of both",
+            fix='take quantize out of [recipe] passes, or set precision = "float32" in a --recipe',
+        )
+    spec = write(
+        traced,
+        folder,
+        opset=target.backend.opset,
+        fuse_attention=recipe.fuse_attention,
+        half=recipe.precision == "float16",
+    )
     return replace(spec, device=target.device.kind, precision=recipe.precision)
 
 
@@ -84,17 +92,24 @@ def stand_in(spec: PartSpec, target: Target) -> Here:
     return Here(replace(spec, device="cpu"), spec.precision)
 
 
-def write(traced: Traced, folder: Path, *, opset: int, fuse_attention: bool = True) -> PartSpec:
+def write(
+    traced: Traced, folder: Path, *, opset: int, fuse_attention: bool = True, half: bool = False
+) -> PartSpec:
     """Write folder/model.onnx, and folder/model.onnx_data where the weights are large; returns its spec.
 
     opset           the ONNX operator set
     fuse_attention  use ONNX Runtime's fused attention kernel
+    half            compute in float16 between float32 inputs and outputs
     The same part gives the same bytes. Raises CheckpointError where torch.onnx cannot translate the part.
     """
     clean = _clean()
     graph = _translate(traced, opset)
     if traced.part.quantized is not None:
         _qdq().quantize(graph, traced.part, _qdq().ONNXRUNTIME)
+    if half:
+        from .halves import halve
+
+        halve(graph)
     clean.spell_out_group_norm(graph)
     if fuse_attention:
         clean.fuse_attention(graph)

@@ -21,8 +21,7 @@ from ..runtime.errors import BadInput
 from ..runtime.manifest import PartSpec
 from ..targets import Target, read_table
 from .formats import Here
-from .halves import in_float16
-from .onnx import Traced, trace, write_graph
+from .onnx import Traced, write_graph
 
 __all__ = ["Options", "lower", "open_emulated", "options_of", "stand_in"]
 
@@ -64,16 +63,15 @@ def lower(traced: Traced, folder: Path, target: Target) -> PartSpec:
     options_of(target)
     part = traced.part
     check(part)
+    from .halves import halve
     from .qdq import HEXAGON
 
-    if part.quantized is None:
-        traced = trace(in_float16(part))
     write_graph(
         traced,
         folder,
         opset=max(OPSET, target.backend.opset),
         convention=HEXAGON,
-        rewrite=None if part.quantized is None else rewrite,
+        rewrite=halve if part.quantized is None else rewrite,
     )
     return PartSpec(
         "qnn",

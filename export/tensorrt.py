@@ -63,8 +63,8 @@ def lower(traced: Traced, folder: Path, target: Target) -> PartSpec:
         )
     if part.quantized is not None:
         part = replace(part, quantized=as_it_takes(part.quantized, part))
+    from .halves import halve
     from .qdq import TENSORRT
-    from .tensorrt_types import halve
 
     graph = write_graph(
         Traced(part, traced.program),

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from ..runtime.errors import GateFailed
 from ..runtime.manifest import PartSpec
+from .halves import MAX_HALF, types_of
 from .nodes import Writer
-from .tensorrt_types import MAX_HALF, types_of
 
 __all__ = ["WatchedSession", "open_watched"]
 

@@ -5,14 +5,13 @@ import onnx
 import pytest
 
 from fewstep.export import export_bundle
-from fewstep.export.halves import in_float16
 from fewstep.export.onnx import trace, write
 from fewstep.model import Model
 from fewstep.model.trajectories import run_part
 from fewstep.runtime.backends import open_session
 from fewstep.runtime.errors import BadInput
 
-from .conftest import LINEAR, Pixels, torch
+from .conftest import LINEAR, Pixels
 
 
 @pytest.fixture
@@ -22,7 +21,7 @@ def part():
 
 
 def test_weights_are_float16_between_float32_ends(part, tmp_path):
-    spec = write(trace(in_float16(part)), tmp_path / part.name, opset=23)
+    spec = write(trace(part), tmp_path / part.name, opset=23, half=True)
     graph = onnx.load(tmp_path / spec.graph).graph
     kinds = {onnx.TensorProto.DataType.Name(t.data_type) for t in graph.initializer if len(t.dims) > 1}
     assert kinds == {"FLOAT16"}
@@ -31,7 +30,7 @@ def test_weights_are_float16_between_float32_ends(part, tmp_path):
 
 
 def test_the_graph_is_the_network_to_three_digits(part, tmp_path):
-    spec = write(trace(in_float16(part)), tmp_path / part.name, opset=23)
+    spec = write(trace(part), tmp_path / part.name, opset=23, half=True)
     sizes = part.example.other_sizes() | {"batch": 2}
     feeds = part.example.feeds(part.inputs, sizes, seed=1)
     session = open_session(tmp_path / spec.graph, spec)
@@ -39,12 +38,6 @@ def test_the_graph_is_the_network_to_three_digits(part, tmp_path):
         error = session.run(feeds)[name] - right
         relative = np.sqrt(np.mean(error**2) / np.mean(right**2))
         assert 1e-6 < relative < 5e-3  # float16 keeps 11 bits; float32 would be below the first
-
-
-def test_the_original_keeps_its_weights_and_hooks(part):
-    in_float16(part)
-    assert {tensor.dtype for tensor in part.module.parameters()} == {torch.float32}
-    assert not part.module._forward_hooks
 
 
 def test_integers_and_float16_are_one_too_many(tmp_path):

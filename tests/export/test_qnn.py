@@ -100,7 +100,7 @@ def test_a_part_in_float16_is_half_as_large_and_as_close_as_half_precision_is(tm
     got, feeds, graph = emulated(part, tmp_path)
     assert snr(run_part(part, feeds)["out_sample"], got) > 40  # of 11 bits
     stored = {item.name: item.data_type for item in graph.initializer}
-    assert stored["one.bias"] == onnx.TensorProto.FLOAT16
+    assert stored["one.bias.half"] == onnx.TensorProto.FLOAT16
 
 
 def test_w8a16_computes_what_the_simulation_does(tmp_path):

@@ -262,7 +262,9 @@ def test_a_model_beyond_the_targets_memory_is_refused_before_it_is_loaded(pixels
     small = replace(target, limits=replace(target.limits, part_mib=0))
     monkeypatch.setattr(recipe, "load_target", lambda name: small)
     monkeypatch.setattr(recipe, "run_passes", lambda *a: pytest.fail("it went on"))
-    refused(BadInput, pixels, tmp_path / "b", "does not fit", "the limits of laptop-cpu", "take a smaller model")
+    refused(
+        BadInput, pixels, tmp_path / "b", "does not fit", "the limits of laptop-cpu", "take a smaller model"
+    )
 
 
 def test_a_failed_gate_publishes_nothing(pixels, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from fewstep.export import export_bundle, gate, parts
 from fewstep.export import onnx as translation
 from fewstep.export import tensorrt as lowering
-from fewstep.export.tensorrt_types import MAX_HALF, halve
+from fewstep.export.halves import MAX_HALF, halve
 from fewstep.model.quantized import Activations, Layer, Quantized
 from fewstep.model.trajectories import run_part
 from fewstep.quant.weights import nearest
