@@ -187,10 +187,11 @@ def _shown(part: Part, options: Options) -> Part:
             expected="fixed ones",
             fix="dynamic_shapes = false in the target's [limits]",
         )
-    if part.quantized is not None and options.weights != "float":
+    if part.quantized is not None:
         raise BadInput(
-            f"{part.name} is quantized by a pass, and weights = {options.weights!r} would store it anew",
-            fix='take the pass out of the recipe, or write weights = "float" under [backend.options]',
+            f"{part.name} is quantized by a pass, whose integers a Core ML package does not take",
+            expected="weights, bits and group under [backend.options] of a --recipe",
+            fix='leave --quantize out, and write weights = "palette" and bits = 6 there',
         )
     if options.attention == "split_einsum" and part.name != "text_encoder":
         from .coreml_attention import split_einsum

@@ -7,10 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fewstep.export import export_bundle, gate, parts
-from fewstep.export.onnx import trace
+from fewstep.export import coreml, export_bundle, gate, parts
+from fewstep.export.coreml_attention import split_einsum
+from fewstep.export.coreml_layout import lay_out
+from fewstep.export.coreml_weights import Compression, integers, kmeans, palette
+from fewstep.export.mil_reference import coremltools
+from fewstep.export.onnx import Traced, trace
 from fewstep.model import load
 from fewstep.model.model import Example, Part
+from fewstep.model.quantized import Quantized
+from fewstep.model.trajectories import run_part
+from fewstep.model.wrappers import TextDenoiser
+from fewstep.quant.table import Table
 from fewstep.runtime import Pipeline
 from fewstep.runtime.bundle import Bundle
 from fewstep.runtime.errors import BadInput, BundleError, OutputError
@@ -18,17 +26,6 @@ from fewstep.runtime.manifest import TensorSpec
 from fewstep.targets import Backend, load_target
 
 from .conftest import torch
-
-pytest.importorskip("coremltools", reason="needs the coreml extra")
-
-from fewstep.export import coreml
-from fewstep.export.coreml_attention import split_einsum
-from fewstep.export.coreml_layout import lay_out
-from fewstep.export.coreml_weights import Compression, integers, kmeans, palette
-from fewstep.export.mil_reference import coremltools
-from fewstep.model.trajectories import run_part
-from fewstep.model.wrappers import TextDenoiser
-from fewstep.quant.table import Table
 
 
 def target(precision="float32", **options):
@@ -393,6 +390,13 @@ def test_free_sizes_are_refused(tiny_sd, tmp_path):
     part = load(tiny_sd).parts["vae_decoder"]
     with pytest.raises(BadInput, match="has free sizes.*dynamic_shapes = false"):
         coreml.lower(trace(part), tmp_path, target())
+
+
+def test_integers_of_a_pass_are_refused(tiny, tmp_path):
+    part = replace(tiny.parts["vae_decoder"], quantized=Quantized({}))
+    with pytest.raises(BadInput, match="quantized by a pass.*leave --quantize out"):
+        coreml.lower(Traced(part, None), tmp_path, target(weights="float"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_swift_layout_is_for_text_conditioned_networks_alone(labelled, tmp_path):
