@@ -64,6 +64,13 @@ BYTES_ALONE = ("litert",)
 """Engines whose kernels take weights and inputs of 8 bits and no fewer."""
 
 
+NO_INTEGERS = {
+    "coreml": "weights, bits and group under [backend.options] of a --recipe: packages store weights their own way",
+    "aoti": "float16 or bfloat16: its kernels take no integers",
+}
+"""Engine -> what it has in the place of the quantize pass."""
+
+
 def configured(target: Target) -> list[tuple[str, Pass]]:
     """The passes of the target's recipe with their fields. Raises BadInput."""
     found = []
@@ -82,7 +89,12 @@ def configured(target: Target) -> list[tuple[str, Pass]]:
 def check_bits(target: Target) -> None:
     """Raises BadInput for a recipe that asks for bits the target's engine has no kernels for."""
     for _, each in configured(target):
-        if not isinstance(each, Quantize) or target.backend.engine not in BYTES_ALONE:
+        engine = target.backend.engine
+        if isinstance(each, Quantize) and engine in NO_INTEGERS:
+            raise BadInput(
+                f"integers for {target.id}", expected=NO_INTEGERS[engine], fix="leave --quantize out"
+            )
+        if not isinstance(each, Quantize) or engine not in BYTES_ALONE:
             continue
         for text in (each.scheme, each.decoder, each.text):
             scheme = parse_scheme(text or "w8")

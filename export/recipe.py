@@ -13,6 +13,7 @@ from typing import Any
 
 from ..model import Context, Model, load
 from ..model.families import with_image_encoder
+from ..model.libraries import hush
 from ..model.load import Summary, summarize
 from ..model.pairs import check_alike, with_small
 from ..runtime.backends import open_session, require
@@ -105,6 +106,7 @@ def export_bundle(
         device = device.with_pass("quantize", scheme=quantize)
     if profile is not None:
         device = device.with_profile(Path(profile))
+    hush()
     require(device.backend.engine)
     check_steps(device.recipe.steps if steps is None else steps)
     check_bits(device)

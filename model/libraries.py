@@ -11,7 +11,7 @@ from typing import Any
 
 from ..runtime.errors import MissingExtra
 
-__all__ = ["diffusers", "library", "quiet", "torch", "transformers"]
+__all__ = ["diffusers", "hush", "library", "quiet", "torch", "transformers"]
 
 
 EXTRAS = {
@@ -26,8 +26,21 @@ EXTRAS = {
 """Library -> the extra of fewstep that installs it; all others are of export."""
 
 
+NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
+"""LiteRT brings torchao, diffusers and coremltools import it, and all warn of what only a GPU has use for."""
+
+
+def hush() -> None:
+    """Before such an import: those loggers speak of errors alone, where nobody has told them what to speak of."""
+    for name in NOISY:
+        logger = logging.getLogger(name)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.ERROR)
+
+
 def library(name: str) -> Any:
     """Import a library of the `export` extra, or one of EXTRAS. Raises MissingExtra with the pip command."""
+    hush()
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
@@ -40,16 +53,8 @@ def torch() -> Any:
     return library("torch")
 
 
-NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
-"""LiteRT brings torchao, diffusers imports what it finds, and all three warn of what only a GPU has use for."""
-
-
 def diffusers() -> Any:
     torch()  # diffusers imports without it, and fails much later
-    for name in NOISY:
-        logger = logging.getLogger(name)
-        if logger.level == logging.NOTSET:
-            logger.setLevel(logging.ERROR)
     return library("diffusers")
 
 
