@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 
 from .backends import Opener, Session, open_session
 from .bundle import Bundle
+from .conditioning import conditions, encode_text, open_tokenizer, token_ids
 from .denoiser import Denoiser, by_graph, network_inputs
 from .errors import Cancelled, MissingExtra
 from .given import bring, encode
@@ -399,21 +400,8 @@ class Pipeline:
         *,
         guided: bool,
     ) -> tuple[dict[str, Array], dict[str, Array] | None]:
-        """What the network is conditioned on, and the same for nothing in particular where guidance needs it."""
-        wanted = network_inputs(self.manifest.parts[self.manifest.denoiser])
-        condition: dict[str, Array] = {}
-        empty: dict[str, Array] = {}
-        if prompts is not None and "encoder_hidden_states" in wanted:
-            states = self._encode(prompts)
-            condition["encoder_hidden_states"] = np.concatenate([states[p] for p in prompts])
-            if guided:
-                nothing = self._encode([negative or ""])[negative or ""]
-                empty["encoder_hidden_states"] = np.repeat(nothing, n, axis=0)
-        if labels is not None and "class_labels" in wanted:
-            condition["class_labels"] = np.asarray(labels, dtype=np.int64)
-            # the label after the last means "no class" (DiT, Peebles and Xie 2022, arXiv:2212.09748)
-            empty["class_labels"] = np.full(n, self.manifest.classes, dtype=np.int64)
-        return condition, empty if guided and empty else None
+        """See `conditions`."""
+        return conditions(self.manifest, prompts, negative, labels, n, self._encode, guided=guided)
 
     def _encode(self, prompts: Sequence[str]) -> dict[str, Array]:
         """Each distinct prompt to float [1, tokens, features]."""
@@ -421,30 +409,10 @@ class Pipeline:
         assert spec is not None, "subjects_of refuses prompts for bundles without a tokenizer"
         if self._tokenizer is None:
             start = time.perf_counter()
-            self._tokenizer = _open_tokenizer(self.bundle.file(spec.file), spec)
+            self._tokenizer = open_tokenizer(self.bundle.file(spec.file), spec)
             self._load_s += time.perf_counter() - start
-        part = self.manifest.parts["text_encoder"]
-        tokens = {prompt: self._tokenizer.encode(prompt) for prompt in prompts}
-        for prompt, token in tokens.items():
-            check(
-                not token.truncated,
-                f"a prompt of {spec.max_length + token.truncated} tokens ({prompt[:40]!r}...)",
-                f"at most {spec.max_length} with begin and end marks",
-                f"shorten it by {token.truncated} tokens",
-            )
-        session = self._open("text_encoder")
-        name, out = part.inputs[0].name, part.outputs[0].name
-        dtype = part.inputs[0].dtype
-        return {p: session.run({name: t.ids[None].astype(dtype)}, [out])[out] for p, t in tokens.items()}
-
-
-def _open_tokenizer(path: Any, spec: Any) -> Any:
-    try:
-        return import_module(".backends.tokenizers", __package__).open_tokenizer(path, spec)
-    except ModuleNotFoundError as error:
-        if error.name != "tokenizers":
-            raise
-        raise MissingExtra.of("tokenizers", "onnx") from None
+        tokens = token_ids(self._tokenizer, spec, prompts)  # refuses a prompt before a part is opened for it
+        return encode_text(self._open("text_encoder"), self.manifest.parts["text_encoder"], tokens)
 
 
 def _draw(streams: Sequence[Noise], shape: Sequence[int]) -> Array:
