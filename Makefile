@@ -25,8 +25,9 @@ WEB_SOURCES := $(wildcard $(WEB)/*.json $(WEB)/*.mjs) $(shell find $(WEB)/src $(
 demo: $(STAMP)
 	$(BIN)/fewstep demo models/emoji-64 -o $(DEMO)
 
+# one process a core, each of one thread; a file's tests stay together, and so do what they share
 test: lint web
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 test-arm64: $(STAMP)
 	$(BIN)/python tests/runtime/arm64.py

@@ -97,7 +97,7 @@ def test_a_bundle_says_what_its_stages_ask_for(manifest):
 def test_a_host_ten_times_as_slow_is_foreseen_ten_times_as_slow(manifest, tmp_path):
     known = load_target("laptop-cpu").profile
     stages = {
-        stage: 10 * count * known.seconds(demand, table, 2)
+        stage: count * (10 * known.seconds(demand, table, 2) + known.between_us * 1e-6)
         for stage, (_, table, demand, count) in stages_of(manifest).items()
     }
     found = host_profile([Measured(manifest, stages, None)], threads=2)
