@@ -46,7 +46,8 @@ const float = async () => {
 await Promise.all([make("int8", "web-wasm"), float()]); // two cores
 
 rmSync(`${folder}/tests`, { recursive: true, force: true });
-const common = { bundle: true, format: "esm", target: "es2022", logLevel: "warning" };
+// esbuild takes the folder it was imported in, unless told
+const common = { absWorkingDir: process.cwd(), bundle: true, format: "esm", target: "es2022", logLevel: "warning" };
 const entryPoints = readdirSync("e2e")
   .filter((name) => name.endsWith(".test.ts"))
   .map((name) => `e2e/${name}`);
