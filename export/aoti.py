@@ -20,7 +20,7 @@ from ..runtime.atenfile import GRAPH, SAFETENSORS, VERSION, VERSION_KEY, WEIGHTS
 from ..runtime.atenops import ITEM, OPERATORS
 from ..runtime.errors import BadInput, CheckpointError
 from ..runtime.manifest import PartSpec
-from ..targets import Target, read_table
+from ..targets import Target
 from .formats import Here
 from .onnx import Traced
 
@@ -51,9 +51,7 @@ class Options:
 
 def options(target: Target) -> Options:
     """Raises BadInput for keys that are none."""
-    found: Options = read_table(
-        Options, target.backend.options, f"targets/{target.id}.toml", "backend.options"
-    )
+    found: Options = target.options_as(Options)
     return found
 
 

@@ -19,7 +19,7 @@ from ..model.model import Part
 from ..runtime.coremlfile import WEIGHTS
 from ..runtime.errors import BadInput, CheckpointError
 from ..runtime.manifest import PartSpec
-from ..targets import Target, read_table
+from ..targets import Target
 from . import mil_reference
 from .coreml_chunks import chunked
 from .coreml_layout import swift_layout
@@ -74,7 +74,7 @@ class Options:
 def options_of(target: Target) -> Options:
     """Raises BadInput for an option that is none, or that contradicts another."""
     where = f"targets/{target.id}.toml"
-    options: Options = read_table(Options, target.backend.options, where, "backend.options")
+    options: Options = target.options_as(Options)
 
     def need(ok: bool, found: str, expected: str) -> None:
         if not ok:

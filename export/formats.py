@@ -8,14 +8,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
+from ..model.model import Part
 from ..runtime.backends import Opener, open_session
+from ..runtime.errors import BadInput
 from ..runtime.manifest import PartSpec
 from ..targets import Target
 
 if TYPE_CHECKING:
     from .onnx import Traced
 
-__all__ = ["MODULES", "Format", "Here", "format_of"]
+__all__ = ["MODULES", "Format", "Here", "check_fixed", "format_of"]
 
 MODULES: Mapping[str, str] = {
     "onnxruntime": "onnx",
@@ -53,6 +55,17 @@ class Format(Protocol):
     def stand_in(self, spec: PartSpec, target: Target) -> Here:
         """How a host that is no such device runs the very graph that `lower` wrote."""
         ...
+
+
+def check_fixed(part: Part, expected: str) -> None:
+    """Raises BadInput, saying what was expected and why, for a part that leaves sizes free."""
+    free = {axis for spec in (*part.inputs, *part.outputs) for axis in spec.shape if isinstance(axis, str)}
+    if free:
+        raise BadInput(
+            f"{part.name} leaves {', '.join(sorted(free))} free",
+            expected=expected,
+            fix="dynamic_shapes = false under [limits] of the target",
+        )
 
 
 def format_of(engine: str) -> Format:

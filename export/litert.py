@@ -23,7 +23,7 @@ from ..runtime.errors import BadInput, CheckpointError
 from ..runtime.manifest import PartSpec, TensorSpec
 from ..targets import Target, read_table
 from . import litert_file, litert_graph
-from .formats import Here
+from .formats import Here, check_fixed
 from .onnx import Traced
 
 __all__ = ["GRAPH", "Options", "lower", "stand_in"]
@@ -71,13 +71,7 @@ def stand_in(spec: PartSpec, target: Target) -> Here:
 
 def check(part: Part) -> None:
     """Raises BadInput for what no .tflite graph of this part can be."""
-    free = {axis for spec in (*part.inputs, *part.outputs) for axis in spec.shape if isinstance(axis, str)}
-    if free:
-        raise BadInput(
-            f"{part.name} leaves {', '.join(sorted(free))} free",
-            expected="fixed sizes: LiteRT's XNNPACK kernels are laid out for them",
-            fix="dynamic_shapes = false under [limits] of the target",
-        )
+    check_fixed(part, "fixed sizes: LiteRT's XNNPACK kernels are laid out for them")
     if part.quantized is not None:
         _check_integers(part, part.quantized)
     size, most = _bytes(part), MAX_BYTES - GRAPH_BYTES

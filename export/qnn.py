@@ -19,8 +19,8 @@ from ..model.model import Part
 from ..runtime.backends import Session, open_session
 from ..runtime.errors import BadInput
 from ..runtime.manifest import PartSpec
-from ..targets import Target, read_table
-from .formats import Here
+from ..targets import Target
+from .formats import Here, check_fixed
 from .onnx import Traced, write_graph
 
 __all__ = ["Options", "lower", "open_emulated", "options_of", "stand_in"]
@@ -48,9 +48,7 @@ class Options:
 
 
 def options_of(target: Target) -> Options:
-    found: Options = read_table(
-        Options, target.backend.options, f"targets/{target.id}.toml", "backend.options"
-    )
+    found: Options = target.options_as(Options)
     return found
 
 
@@ -85,13 +83,7 @@ def lower(traced: Traced, folder: Path, target: Target) -> PartSpec:
 
 def check(part: Part) -> None:
     """Raises BadInput for what no graph of this part can be on Hexagon."""
-    free = {axis for spec in (*part.inputs, *part.outputs) for axis in spec.shape if isinstance(axis, str)}
-    if free:
-        raise BadInput(
-            f"{part.name} leaves {', '.join(sorted(free))} free",
-            expected="fixed sizes: a context binary has no others",
-            fix="dynamic_shapes = false under [limits] of the target",
-        )
+    check_fixed(part, "fixed sizes: a context binary has no others")
     for name, layer in {} if part.quantized is None else part.quantized.layers.items():
         weights = layer.weights
         even = weights.bits == 8 and weights.groups == 1 and weights.zero is None

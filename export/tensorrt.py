@@ -17,7 +17,7 @@ from ..model.quantized import Layer, Quantized
 from ..runtime.backends import Session
 from ..runtime.errors import BadInput, BundleError, GateFailed, MissingExtra
 from ..runtime.manifest import PartSpec
-from ..targets import Target, read_table
+from ..targets import Target
 from .codes import fits_int8
 from .formats import Here
 from .onnx import Traced, write_graph
@@ -39,9 +39,7 @@ class Options:
 
 def options(target: Target) -> Options:
     """Raises BadInput for keys that are none."""
-    found: Options = read_table(
-        Options, target.backend.options, f"targets/{target.id}.toml", "backend.options"
-    )
+    found: Options = target.options_as(Options)
     return found
 
 

@@ -154,6 +154,10 @@ class Target:
         _same_keys(file, "top level", set(found), {"profile"}, {"profile"})
         return replace(self, profile=_profile(found["profile"], file, over=self.profile))
 
+    def options_as(self, kind: type) -> Any:
+        """[backend.options] as the dataclass `kind`. Raises BadInput naming the keys at fault."""
+        return read_table(kind, self.backend.options, f"targets/{self.id}.toml", "backend.options")
+
     def with_pass(self, name: str, **fields: Any) -> Target:
         """This target with a pass in its recipe, at the end where it had none, and some of its fields set."""
         recipe = self.recipe

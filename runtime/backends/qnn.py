@@ -17,14 +17,14 @@ from typing import Any
 
 import onnxruntime
 import onnxruntime_qnn
-from numpy.typing import NDArray
 
 from ..compiled import compiled, hash_files
 from ..errors import BadInput, BundleError
 from ..manifest import PartSpec
+from .onnxruntime import OnnxRuntimeSession
 
 __all__ = [
-    *("SOCS", "QnnSession", "Soc", "compile_context", "devices"),
+    *("SOCS", "OnnxRuntimeSession", "Soc", "compile_context", "devices"),
     *("library_version", "load_context", "open_session", "runs_in"),
 ]
 
@@ -75,7 +75,7 @@ def runs_in(spec: PartSpec) -> str | None:
     return spec.precision if spec.device == "npu" and _npu() else None
 
 
-def open_session(path: Path, spec: PartSpec, *, threads: int | None = None) -> QnnSession:
+def open_session(path: Path, spec: PartSpec, *, threads: int | None = None) -> OnnxRuntimeSession:
     """Load what is compiled of a graph, or compile it first, which takes seconds to minutes.
 
     threads  unused: the NPU has its own
@@ -98,23 +98,6 @@ def open_session(path: Path, spec: PartSpec, *, threads: int | None = None) -> Q
     soc = SOCS.get(name)
     context = compiled("qnn", key, lambda file: compile_context(path, file, npu, soc), "onnx")
     return load_context(path, context, npu, soc)
-
-
-class QnnSession:
-    """A graph on the NPU, or on its emulator."""
-
-    def __init__(self, session: onnxruntime.InferenceSession) -> None:
-        self._session: onnxruntime.InferenceSession | None = session
-
-    def run(
-        self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None
-    ) -> dict[str, NDArray[Any]]:
-        assert self._session is not None, "this session is closed"
-        names = list(outputs) if outputs else [output.name for output in self._session.get_outputs()]
-        return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
-
-    def close(self) -> None:
-        self._session = None
 
 
 def compile_context(path: Path, file: Path, found: Sequence[Any], soc: Soc | None) -> None:
@@ -146,9 +129,9 @@ def compile_context(path: Path, file: Path, found: Sequence[Any], soc: Soc | Non
         )
 
 
-def load_context(path: Path, file: Path, found: Sequence[Any], soc: Soc | None) -> QnnSession:
+def load_context(path: Path, file: Path, found: Sequence[Any], soc: Soc | None) -> OnnxRuntimeSession:
     """What compile_context wrote of the graph at `path`, ready to run."""
-    return QnnSession(_session(path, file, found, soc, {}))
+    return OnnxRuntimeSession(_session(path, file, found, soc, {}))
 
 
 def _session(

@@ -130,14 +130,15 @@ function checkNames(manifest: Manifest, found: string[]): void {
     throw new FewstepError("bundle", `${quoted(extra)} is not listed in ${NAME}`, "", `delete it, or ${AGAIN}`);
 }
 
-async function sha256(data: Uint8Array): Promise<string> {
+/** SHA-256 as 64 lower-case hex digits. Throws FewstepError on a page that is neither https nor localhost. */
+export async function sha256(data: Uint8Array, fix = "serve it over https"): Promise<string> {
   // browsers offer it to pages of https and localhost alone
   if (!globalThis.crypto?.subtle)
     throw new FewstepError(
       "files",
       "this page cannot compute SHA-256",
       "a page served over https, or from localhost",
-      "serve it over https",
+      fix,
     );
   const digest = await crypto.subtle.digest("SHA-256", data as Uint8Array<ArrayBuffer>);
   return Array.from(new Uint8Array(digest), (byte) => byte.toString(16).padStart(2, "0")).join("");

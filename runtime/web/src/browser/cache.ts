@@ -1,6 +1,6 @@
 /** Files kept by the browser under their SHA-256: bundles share what they have in common, and nothing is ever stale. */
 
-import { FewstepError } from "../errors.js";
+import { sha256 as hashed } from "../bundle.js";
 
 /** What is kept between visits. */
 export interface Store {
@@ -96,15 +96,6 @@ async function whyNotKept(error: unknown, needed: number): Promise<string> {
   return `this browser has no room to keep ${megabytes(needed)} (${megabytes(usage)} of ${megabytes(quota)} used)`;
 }
 
-/** SHA-256 as 64 lower-case hex digits. Throws FewstepError on a page that is neither https nor localhost. */
-export async function sha256(data: Uint8Array): Promise<string> {
-  if (!globalThis.crypto?.subtle)
-    throw new FewstepError(
-      "files",
-      "this page cannot compute SHA-256",
-      "a page served over https, or from localhost",
-      "serve it over https, or open it on this machine with fewstep serve",
-    );
-  const digest = await crypto.subtle.digest("SHA-256", data as Uint8Array<ArrayBuffer>);
-  return Array.from(new Uint8Array(digest), (byte) => byte.toString(16).padStart(2, "0")).join("");
-}
+/** As the bundle's, with what helps someone who opened the app itself. */
+export const sha256 = (data: Uint8Array): Promise<string> =>
+  hashed(data, "serve it over https, or open it on this machine with fewstep serve");
